@@ -1,0 +1,123 @@
+"""A tokenizer made from the corpus, and a teacher and a student that know nothing yet.
+
+The three folders are what `AutoTokenizer` and `AutoModelForCausalLM` load.  Both models have the tokenizer's
+vocabulary, which is what lets one learn from the other's log-probabilities.
+
+    python models.py CORPUS FOLDER [SEED]    writes FOLDER/tokenizer, FOLDER/teacher and FOLDER/student
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast
+
+PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# Qwen2's own: `AutoTokenizer` takes the class from the model's type, and that class brings its pre-tokenizer along.
+# It has every digit stand alone.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+THINKING = ("<think>", "</think>")
+MAX_VOCABULARY = 512
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How big a model is."""
+
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+
+
+TEACHER = Shape(width=128, layers=3, heads=4, feed_forward=256)
+STUDENT = Shape(width=64, layers=2, heads=4, feed_forward=128)
+TINY_TEACHER = Shape(width=64, layers=2, heads=4, feed_forward=128)
+TINY_STUDENT = Shape(width=32, layers=2, heads=2, feed_forward=64)
+
+
+def corpus_texts(paths: Iterable[Path]) -> Iterator[str]:
+    """The roles and contents of all messages."""
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            for message in json.loads(line)["messages"]:
+                yield f"{message['role']}\n{message['content']}"
+
+
+def make_tokenizer(texts: Iterable[str]) -> Qwen2TokenizerFast:
+    """A byte-level BPE in which every digit stands alone, with ChatML's tokens and those of thinking."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([PAD, TURN, END])
+    bpe.add_tokens([AddedToken(tag, normalized=False) for tag in THINKING])
+    trainer = trainers.BpeTrainer(
+        vocab_size=MAX_VOCABULARY,
+        special_tokens=[PAD, TURN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = Qwen2TokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def make_model(tokenizer: Qwen2TokenizerFast, shape: Shape, seed: int) -> Qwen2ForCausalLM:
+    """A small Qwen2 with random weights; the same seed gives the same ones."""
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False)
+    return model
+
+
+def write_models(
+    corpus: Path, folder: Path, seed: int = 0, teacher: Shape = TEACHER, student: Shape = STUDENT
+) -> dict[str, Path]:
+    """Tokenizer, teacher and student below `folder`.  The teacher's corpus is what the tokenizer learns from."""
+    paths = {name: folder / name for name in ("tokenizer", "teacher", "student")}
+    tokenizer = make_tokenizer(corpus_texts([corpus / "teacher_train.jsonl"]))
+    tokenizer.save_pretrained(paths["tokenizer"])
+    for name, shape, model_seed in (("teacher", teacher, seed), ("student", student, seed + 1)):
+        make_model(tokenizer, shape, model_seed).save_pretrained(paths[name])
+        tokenizer.save_pretrained(paths[name])
+    return paths
+
+
+if __name__ == "__main__":
+    corpus_folder, models_folder, *seeds = sys.argv[1:]
+    for written in write_models(Path(corpus_folder), Path(models_folder), *map(int, seeds)).values():
+        print(written)

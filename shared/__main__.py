@@ -1,0 +1,3 @@
+from shared.logit_shards import main
+
+main()

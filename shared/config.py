@@ -1,0 +1,127 @@
+"""Config at the edge: one YAML file, checked as a whole, then frozen.
+
+Unknown keys are errors with a suggestion; all errors of a file are reported at once, each with its place.
+`--set a.b=c` edits the tree before it is checked, so an override obeys the same rules as the file.
+Paths in a config are relative to the folder where the command is run.
+"""
+
+import difflib
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shared.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every part of a config tree: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load_settings(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """Read a YAML config, apply `a.b=c` overrides and check the whole tree.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, an override is malformed, or keys do not check.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"  {_place(issue['loc'])}: {_explain(kind, issue)}" for issue in error.errors()]
+        raise ConfigError(
+            f"{path}: {len(lines)} setting{'s' * (len(lines) > 1)} cannot be used\n" + "\n".join(lines),
+            next_step="mend the keys above; --print-config shows the settings with their defaults",
+        ) from None
+
+
+def settings_yaml(settings: Settings) -> str:
+    """The effective config, defaults included, as YAML that `load_settings` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; YAML would let the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: builds no objects
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise ConfigError(
+            f"config {path} cannot be read: {error}",
+            next_step=f"did you mean {path.parent / near[0]}?" if near else "check the path of the config file",
+        ) from None
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, value = override.partition("=")
+    if not separator or not all(dotted.split(".")):
+        raise ConfigError(f"--set {override}: expected a.b=value", next_step="for example --set output=my-dump")
+    *parents, leaf = dotted.split(".")
+    for depth, parent in enumerate(parents):
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} holds a value, not settings")
+    tree[leaf] = _parse_yaml(value, f"--set {override}")
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "(the whole config)"
+
+
+def _explain(kind: type[Settings], issue: Any) -> str:
+    if issue["type"] == "extra_forbidden":
+        *parents, key = issue["loc"]
+        known = sorted(_fields_at(kind, parents))
+        near = difflib.get_close_matches(str(key), known, n=1)
+        return "unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    if issue["type"] == "missing":
+        return "is required"
+    message = issue["msg"].removeprefix("Value error, ")
+    # A model-level rule gets the whole mapping as its input, which says nothing that the message doesn't.
+    return message if isinstance(issue["input"], (dict, BaseModel)) else f"{message}, got {issue['input']!r}"
+
+
+def _fields_at(kind: type[BaseModel], location: Sequence[int | str]) -> set[str]:
+    """Names of the settings allowed at a place of the tree; empty where the place is no settings class."""
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        if field is None:
+            continue
+        candidates = [field.annotation, *get_args(field.annotation)]
+        kinds = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not kinds:
+            return set()
+        kind = kinds[0]
+    return set(kind.model_fields)

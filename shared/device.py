@@ -1,0 +1,28 @@
+"""The one place that names a device.  The rest of the code reads the same on CPU, CUDA and Ascend NPU."""
+
+import torch
+
+from shared.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the accelerator that torch finds, else the CPU; anything else is taken by its word.
+
+    Raises:
+        ConfigError: the named device does not exist here.
+    """
+    if name == "auto":
+        # torch.accelerator came with torch 2.6 and knows CUDA, NPU (torch-npu), XPU and MPS alike.
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here: {reason}", next_step="set device: auto") from None
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -1,0 +1,82 @@
+"""One small tree of errors.  Each also inherits the stdlib class it stands for, and knows its exit code.
+
+Exit codes of every command: 0 done · 1 any other failure · 2 usage or config · 3 data damaged ·
+4 things that do not belong together · 75 interrupted, run again.
+
+A message says what, where, expected and got; `next_step` is the command or edit to try next.
+"""
+
+
+class LogitferryError(Exception):
+    """Base of all errors that a user can do something about."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, next_step: str | None = None) -> None:
+        super().__init__(message)
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}\n  next: {self.next_step}" if self.next_step else message
+
+
+class ConfigError(LogitferryError, ValueError):
+    """A config file or option that cannot be used as it stands."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(LogitferryError, ImportError):
+    """An optional package is needed and not installed."""
+
+    exit_code = 2
+
+
+class RecordError(LogitferryError, ValueError):
+    """A record of an input text file that cannot become a row."""
+
+    exit_code = 3
+
+
+class DamagedDataError(LogitferryError, OSError):
+    """Bytes on disk that are not what was written: a digest, checksum or footer that does not hold."""
+
+    exit_code = 3
+
+    # OSError has a __str__ of its own for its errno forms; ours is the one to show.
+    __str__ = LogitferryError.__str__
+
+
+class MisalignedRowError(DamagedDataError):
+    """A row that does not hold exactly one distribution per supervised token, in order."""
+
+
+class UnsealedDatasetError(LogitferryError, FileNotFoundError):
+    """A dataset folder without a manifest: the dump has not finished."""
+
+    exit_code = 3
+    __str__ = LogitferryError.__str__
+
+
+class UnknownVersionError(LogitferryError, ValueError):
+    """A dataset written in a format version that this release does not read."""
+
+    exit_code = 4
+
+
+class MismatchError(LogitferryError, ValueError):
+    """Things that do not belong together: tokenizers, vocabularies, a resumed dump with other settings."""
+
+    exit_code = 4
+
+
+class NonFiniteError(LogitferryError, ArithmeticError):
+    """NaN or infinite numbers where finite ones are needed."""
+
+
+class InterruptedRunError(LogitferryError, InterruptedError):
+    """SIGTERM, Ctrl-C or out of time; running the same command again goes on."""
+
+    exit_code = 75
+    __str__ = LogitferryError.__str__

@@ -1,0 +1,97 @@
+"""The manifest: what a dataset is and holds.  It is written last; a folder without one is no dataset."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from shared import __version__
+from shared.config import Settings
+from shared.errors import DamagedDataError, UnknownVersionError, UnsealedDatasetError
+from shared.files import write_atomically
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 256 << 20
+
+
+class Shard(Settings):
+    """One Parquet file and the sums over it that `info` needs without opening it."""
+
+    path: str = Field(pattern=r"^data/part-[0-9]{5,}\.parquet$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+    rows: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    positions: int = Field(ge=0)
+    kept: int = Field(ge=0)
+    """Kept entries of all positions."""
+    kept_mass: float
+    """Σ over positions of the kept probability at T = 1."""
+    teacher_bytes: int = Field(ge=0)
+    """Compressed column chunks of all that the teacher said."""
+    kl_nats: float
+    """Σ over positions of KL(exact ‖ stored) over kept ids and tail, T = 1."""
+
+
+class Manifest(Settings):
+    format_version: int
+    created_by: str = f"logitferry {__version__}"
+    teacher: dict[str, Any]
+    """Name, architecture, dtype, vocab_size, and Hub revision or digests of config and weights."""
+    vocab_size: int = Field(ge=1, le=1 << 24)
+    """V: every id is below it."""
+    tokenizer_fingerprint: str
+    chat_template_sha256: str
+    keep: dict[str, Any]
+    temperatures: list[float] = Field(min_length=1)
+    input: dict[str, Any]
+    """The text files with their digests, how they were read, and what was dropped."""
+    shards: list[Shard]
+    files: dict[str, str]
+    """sha256 of every other file of the dataset (card, tokenizer), by its path."""
+
+    def total(self, name: str) -> Any:
+        """Sum of one field over the shards."""
+        return sum(getattr(shard, name) for shard in self.shards)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    write_atomically(folder / MANIFEST_NAME, text.encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a sealed dataset.
+
+    Raises:
+        UnsealedDatasetError: the folder has none.
+        UnknownVersionError: it is of a format version that this release does not read.
+        DamagedDataError: it is not a manifest.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise UnsealedDatasetError(
+            f"{folder} is no sealed dataset: it " + ("has no manifest.json" if folder.is_dir() else "does not exist"),
+            next_step="finish the dump: run the same `teacher-dump run` again" if folder.is_dir() else "check the path",
+        )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise DamagedDataError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        tree = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DamagedDataError(f"{path}: not valid JSON: {error}") from None
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version != FORMAT_VERSION:
+        raise UnknownVersionError(
+            f"{path}: format version {version!r}, this release reads version {FORMAT_VERSION}",
+            next_step="pip install --upgrade logitferry",
+        )
+    try:
+        return Manifest.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DamagedDataError(
+            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']} ({error.error_count()} faults in all)"
+        ) from None

@@ -1,0 +1,177 @@
+"""Loading Hugging Face models and tokenizers, and taking a model apart into its body and its output head.
+
+Both phases apply the head by hand, chunk by chunk, so that logits of all positions never live at once.
+That is right only if nothing else happens between hidden states and logits, so `split_model` compares the two
+with the model's own forward pass on a few tokens and refuses a model where they differ.
+
+Shapes: N rows of hidden states, D hidden size, V = config.vocab_size.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from shared.errors import ConfigError, MismatchError
+from shared.files import sha256_of_file
+from shared.fingerprint import sha256_of_json
+from shared.models_config import ModelSettings
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputHead:
+    """From hidden states to logits: softcap(hidden @ weightᵀ + bias) · scale.
+
+    `softcap` is Gemma's c · tanh(z / c); `scale` is Cohere's logit_scale or the inverse of Granite's logits_scaling.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    scale: float
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight_VD.shape[0]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 logits [N, V].  The matrix product runs in the model's dtype, all that follows in fp32."""
+        logits_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V).float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: there is none at that place.
+    """
+    name = settings.tokenizer or settings.model
+    _require_plausible_path(name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"no tokenizer can be loaded from {name!r}: {_first_line(error)}") from error
+
+
+def context_tokens(settings: ModelSettings) -> int | None:
+    """The longest row that the model takes, from its config alone; None where it states no limit."""
+    _require_plausible_path(settings.model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"no model can be loaded from {settings.model!r}: {_first_line(error)}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """A causal language model from safetensors, every weight accounted for.
+
+    Raises:
+        ConfigError: no such model, or one that needs remote code.
+        MismatchError: weights are missing or have other shapes; transformers alone would fill them with noise.
+    """
+    _require_plausible_path(settings.model)
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            settings.model,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        model, report = loaded
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"no model can be loaded from {settings.model!r}: {_first_line(error)}") from error
+    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lacking:
+        raise MismatchError(
+            f"the checkpoint {settings.model!r} lacks {len(lacking)} weights of its architecture, first {lacking[0]}",
+            next_step="check that config.json and the weights belong to one model",
+        )
+    return model.to(device)
+
+
+def model_identity(settings: ModelSettings, model: Any) -> dict[str, Any]:
+    """What makes this very model recognisable: Hub commit, or digests of its config and weights."""
+    config = model.config
+    identity = {
+        "name": settings.model,
+        "architecture": type(model).__name__,
+        "vocab_size": config.get_text_config().vocab_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    folder = Path(settings.model)
+    if not folder.is_dir():
+        return identity | {"revision": getattr(config, "_commit_hash", None) or settings.revision}
+    weights = {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    return identity | {
+        "config_sha256": sha256_of_file(folder / "config.json"),
+        "weights_sha256": sha256_of_json(weights),
+    }
+
+
+def split_model(model: Any) -> tuple[nn.Module, OutputHead]:
+    """The model's body (token ids to hidden states) and its head, checked against the model itself.
+
+    Raises:
+        MismatchError: body and head together do not give the model's own logits.
+    """
+    body, head = model.base_model, output_head(model)
+    probe = torch.arange(PROBE_TOKENS, device=head.weight_VD.device)[None] % head.vocab_size
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=probe).logits.float()
+        got = head.logits(body(input_ids=probe).last_hidden_state)
+    model.train(was_training)
+    tolerance = 64 * torch.finfo(head.weight_VD.dtype).eps * max(1.0, float(expected.abs().max()))
+    if expected.shape != got.shape or not float((expected - got).abs().max()) <= tolerance:
+        raise MismatchError(
+            f"{type(model).__name__} does more between its hidden states and its logits than a matrix, a bias, "
+            f"a softcap and a scale; logits of {tuple(expected.shape)} and {tuple(got.shape)} differ by more than "
+            f"{tolerance:.1e}",
+            next_step="this architecture is not supported yet; please report it with its config.json",
+        )
+    return body, head
+
+
+def output_head(model: Any) -> OutputHead:
+    """The head as the config describes it; `split_model` checks that the description is complete."""
+    config = model.config.get_text_config()
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise MismatchError(f"{type(model).__name__} has no linear output layer")
+    scale = getattr(config, "logit_scale", None) or 1.0
+    return OutputHead(
+        weight_VD=layer.weight,
+        bias_V=layer.bias,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
+    )
+
+
+def _require_plausible_path(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ConfigError(
+            f"model folder {name} does not exist", next_step="check the path, or give a Hub name owner/model"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,10 @@
+"""Phase 1: run the teacher once, teacher-forced, and keep a few log-probabilities per supervised token."""
+
+import shared
+
+if not hasattr(shared, "IS_LOGITFERRY"):
+    raise ImportError(
+        f"another package named 'shared' hides logitferry's own: {shared.__file__ or list(shared.__path__)} "
+        f"won the import, and it is not the one installed beside {__file__}.\n"
+        "  next: take that folder's parent off PYTHONPATH, or run from a folder that has no shared/ in it"
+    )

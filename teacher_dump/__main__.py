@@ -1,0 +1,3 @@
+from teacher_dump.cli import main
+
+main()

@@ -1,0 +1,37 @@
+"""The dataset card: what a stranger reads first, and the YAML that makes `datasets.load_dataset` work."""
+
+from shared.manifest import Manifest
+
+
+def dataset_card(manifest: Manifest) -> str:
+    teacher, keep = manifest.teacher, manifest.keep
+    positions = manifest.total("positions")
+    sources = "\n".join(f"- `{file['name']}`, sha256 `{file['sha256']}`" for file in manifest.input["files"])
+    return f"""---
+configs:
+- config_name: default
+  data_files: data/*.parquet
+tags:
+- knowledge-distillation
+- logits
+---
+# Log-probabilities of {teacher["name"]}
+
+Made by {manifest.created_by}, format version {manifest.format_version}.  One row is one sequence; for every
+supervised token it holds what the teacher `{teacher["name"]}` ({teacher["architecture"]}) predicted there.
+
+| | |
+|---|---|
+| rows | {manifest.total("rows"):,} |
+| tokens | {manifest.total("tokens"):,} |
+| positions (supervised tokens) | {positions:,} |
+| kept ids per position | {manifest.total("kept") / positions:.2f} ({", ".join(f"{k} {v}" for k, v in keep.items())}) |
+| kept probability mass | {manifest.total("kept_mass") / positions:.4%} |
+| temperatures with an exact tail | {", ".join(f"{t:g}" for t in manifest.temperatures)} |
+| vocabulary | {manifest.vocab_size:,} |
+
+Made from:
+{sources}
+
+`logit-shards verify` checks every byte; `manifest.json` holds all digests.
+"""

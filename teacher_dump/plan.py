@@ -1,0 +1,76 @@
+"""The plan: all that decides what a dump will hold.  Running again with another plan is refused, not mixed in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.config import Settings
+from shared.errors import DamagedDataError, MismatchError
+from shared.files import write_atomically
+from shared.manifest import Manifest, Shard
+
+PLAN_NAME = "plan.json"
+
+
+class Plan(Settings):
+    """Written once before the first unit.  Its fields become the head of the manifest."""
+
+    teacher: dict[str, Any]
+    vocab_size: int
+    tokenizer_fingerprint: str
+    chat_template_sha256: str
+    keep: dict[str, Any]
+    temperatures: list[float]
+    input: dict[str, Any]
+    unit_records: int
+
+    @property
+    def num_units(self) -> int:
+        return -(-self.input["tally"]["records"] // self.unit_records)
+
+    def manifest(self, shards: list[Shard], files: dict[str, str]) -> Manifest:
+        head = self.model_dump(exclude={"unit_records"})
+        return Manifest(format_version=1, shards=shards, files=files, **head)
+
+    def require_same(self, earlier: dict[str, Any], where: Path) -> None:
+        """Refuse to go on with a dump, or to take as done one, that was planned otherwise.
+
+        Raises:
+            MismatchError: names every setting that changed.
+        """
+        now = _flat(self.model_dump(mode="json", exclude={"unit_records"}))
+        then = _flat({key: earlier.get(key) for key in type(self).model_fields if key != "unit_records"})
+        changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+        if changed:
+            differences = "\n".join(f"  {key}: was {then.get(key)!r}, is {now.get(key)!r}" for key in changed)
+            raise MismatchError(
+                f"{where} belongs to another dump\n{differences}",
+                next_step="give this dump another `output`, or undo the change",
+            )
+
+
+def commit_plan(plan: Plan, work: Path) -> None:
+    """Write the plan, or check that the one that is there is the same."""
+    path = work / PLAN_NAME
+    if not path.is_file():
+        write_atomically(path, json.dumps(plan.model_dump(mode="json"), indent=1).encode())
+        return
+    try:
+        earlier = Plan.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise DamagedDataError(f"{path}: is no plan: {error}", next_step=f"remove {work} to begin again") from None
+    plan.require_same(earlier.model_dump(mode="json"), path)
+    if earlier.unit_records != plan.unit_records:
+        raise MismatchError(
+            f"{path}: was planned with unit_records {earlier.unit_records}, now {plan.unit_records}",
+            next_step="keep unit_records until the dump is sealed",
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for name, branch in tree.items():
+        flat |= _flat(branch, f"{prefix}.{name}" if prefix else name)
+    return flat

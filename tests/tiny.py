@@ -1,0 +1,84 @@
+"""Small real things for tests: a trained byte-level tokenizer with a ChatML template, and models of a few families.
+
+Nothing here is mocked: files are written as a Hub repository has them and loaded by the code under test.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SENTENCES = [
+    "system user assistant",
+    "What is two plus three? It is five.",
+    "Tell me a story about a red fox and a blue bird.",
+    "Once upon a time the fox met the bird, and they counted to ten: 1 2 3 4 5 6 7 8 9 10.",
+]
+
+
+def make_tokenizer(folder: Path, *, vocab_size: int = 300, template: str = CHATML, sentences: Any = SENTENCES) -> Any:
+    """Train, save and load a tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+    )
+    wrapped.chat_template = template
+    wrapped.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 307,  # odd on purpose, and larger than the tokenizer: the usual padded case
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    "gemma2_softcap": ("Gemma2", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12}),
+    "cohere_scale": ("Cohere", {"logit_scale": 0.25}),
+    "granite_scale": ("Granite", {"logits_scaling": 4.0}),
+    "phi_bias": ("Phi", {"num_key_value_heads": 2}),
+}
+
+
+def make_model(folder: Path, *, family: str = "qwen2", seed: int = 0, spread: float = 0.5, **changes: Any) -> Path:
+    """Save a randomly initialised model; `spread` is the standard deviation of its matrices, so that it has opinions."""
+    name, extra = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **extra, **changes})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=spread / parameter.shape[-1] ** 0.25) if parameter.ndim == 2 else None
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            model.get_output_embeddings().bias.normal_()
+    model.save_pretrained(folder)
+    return folder
