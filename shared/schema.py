@@ -72,11 +72,11 @@ def table_to_rows(table: pa.Table, temperatures: Sequence[float], vocab_size: in
     expected = schema(temperatures)
     if not table.schema.equals(expected):
         raise DamagedDataError(f"{where}: expected the columns\n{expected}\nbut got\n{table.schema}")
-    column = {name: table[name].combine_chunks() for name in table.column_names}
+    column: dict[str, Any] = {name: table[name].combine_chunks() for name in table.column_names}
     token_offsets = _offsets(column["input_ids"])
     position_offsets = _offsets(column["realised_logprob"])
     kept_counts_P = np.diff(_offsets(column["kept_ids"].flatten())).astype(np.int32)
-    per_position = {"label_mask": token_offsets} | dict.fromkeys(
+    per_position: dict[str, Any] = {"label_mask": token_offsets} | dict.fromkeys(
         ("kept_ids", "kept_logprobs", "entropy", *map(tail_column, temperatures)), position_offsets
     )
     for name, offsets in per_position.items():

@@ -41,7 +41,7 @@ class KeptChunk:
     tail_logsum_NT: Tensor
 
     def first_unscorable(self) -> int | None:
-        """Index of the first position that cannot be stored, because the teacher's logits were not numbers there.
+        """Index of the first position that cannot be stored: no numbers, or a realised token ruled out for certain.
 
         A NaN or +inf anywhere in a row makes the row's normaliser NaN, and with it every log p of the row.
         """
@@ -75,7 +75,8 @@ def keep_chunk(logits_NV: Tensor, realised_N: Tensor, rule: KeepRule, temperatur
     log_Z_N = sum_N.log()
     # H = −Σ p log p = log Z − Σ e^z z / Z
     entropy_N = (log_Z_N - torch.bmm(exp_NV[:, None, :], z_NV[:, :, None]).flatten() / sum_N).clamp_(min=0.0)
-    realised_logp_N = z_NV.gather(1, realised_N[:, None]).squeeze(1) - log_Z_N
+    realised_z_N = z_NV.gather(1, realised_N[:, None]).squeeze(1)
+    realised_logp_N = realised_z_N.masked_fill(realised_z_N <= FLOOR, -torch.inf) - log_Z_N
     ids_NC, kept_logp_NC, is_kept_NC = _candidates(z_NV, log_Z_N, rule)
     # Through the kept entries alone: an id may be a candidate twice, but is kept once.
     row_NC = torch.arange(len(ids_NC), device=ids_NC.device)[:, None].expand_as(ids_NC)

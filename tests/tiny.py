@@ -54,7 +54,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 12,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "bos_token_id": None,
     "eos_token_id": 2,
     "pad_token_id": 0,

@@ -1,0 +1,257 @@
+"""A whole dump: aligned with a plain forward pass at every position, resumable, and refused where it should be."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import teacher_dump.dump as dump_module
+from shared.dataset import LogitDataset, verify
+from shared.errors import ConfigError, MismatchError, NonFiniteError, RecordError
+from shared.rows import LogitRow
+from teacher_dump.config import DumpSettings
+from teacher_dump.dump import run_dump
+from tests.data import chat_records, dump_settings, write_jsonl
+from tests.tiny import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_records(23))
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, chats: Path) -> LogitDataset:
+    return run_dump(dump_settings(teacher_folder, chats, tmp_path_factory.mktemp("dump") / "out"))
+
+
+def all_rows(dataset: LogitDataset) -> list[LogitRow]:
+    return [row for index in range(len(dataset.manifest.shards)) for row in dataset.read_shard(index)]
+
+
+def test_every_position_equals_a_plain_full_forward_pass(sealed: LogitDataset, teacher_folder: Path):
+    """The position of token t holds what the model says at input t-1: log p, tails and entropy, to 1e-5."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).eval()
+    num_checked = 0
+    for row in all_rows(sealed):
+        with torch.no_grad():
+            logits_LV = model(torch.tensor(row.input_ids_L, dtype=torch.long)[None]).logits[0].double()
+        logp_LV = torch.log_softmax(logits_LV, dim=1)
+        positions = row.teacher.split([1] * row.num_positions)
+        for t, position in zip(np.flatnonzero(row.label_mask_L), positions, strict=True):
+            logp_V = logp_LV[t - 1]
+            ids = torch.tensor(position.kept_ids_E, dtype=torch.long)
+            assert set(ids.tolist()) == set(logp_V.topk(8).indices.tolist())
+            np.testing.assert_allclose(position.kept_logp_E, logp_V[ids], atol=1e-5)
+            assert position.realised_logp_P[0] == pytest.approx(float(logp_V[row.input_ids_L[t]]), abs=1e-5)
+            assert position.entropy_P[0] == pytest.approx(float(-(logp_V.exp() * logp_V).sum()), abs=1e-5)
+            rest_V = logp_V.clone()
+            rest_V[ids] = -torch.inf
+            for j, temperature in enumerate(sealed.manifest.temperatures):
+                expected = float(torch.logsumexp(rest_V / temperature, 0))
+                assert position.tail_logsum_PT[0, j] == pytest.approx(expected, abs=1e-5)
+            num_checked += 1
+    assert num_checked == sealed.manifest.total("positions") > 500
+
+
+def test_every_position_of_every_family_of_heads(tmp_path: Path, chats: Path):
+    """Softcap, scale and bias of the output head reach the stored values."""
+    for family in ("gemma2_softcap", "cohere_scale", "granite_scale", "phi_bias", "llama_tied"):
+        teacher = make_model(tmp_path / family, family=family, spread=2.0)
+        make_tokenizer(teacher)
+        dataset = run_dump(dump_settings(teacher, chats, tmp_path / f"{family}-out"))
+        model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+        row = all_rows(dataset)[2]
+        with torch.no_grad():
+            logp_LV = torch.log_softmax(model(torch.tensor(row.input_ids_L, dtype=torch.long)[None]).logits[0], dim=1)
+        expected = logp_LV[row.source_index_P, row.label_ids_P.astype(np.int64)]
+        np.testing.assert_allclose(row.teacher.realised_logp_P, expected, atol=2e-5, err_msg=family)
+
+
+def test_rows_come_in_the_order_of_the_input_with_their_ids(sealed: LogitDataset):
+    assert [row.sample_id for row in all_rows(sealed)] == [f"chat-{n}" for n in range(23)]
+
+
+def test_units_batches_and_chunks_change_nothing(
+    sealed: LogitDataset, teacher_folder: Path, chats: Path, tmp_path: Path
+):
+    settings = dump_settings(
+        teacher_folder,
+        chats,
+        tmp_path / "out",
+        unit_records=100,
+        teacher__batch_tokens=1,
+        teacher__chunk_positions=1000,
+    )
+    for one, other in zip(all_rows(sealed), all_rows(run_dump(settings)), strict=True):
+        assert one.sample_id == other.sample_id
+        np.testing.assert_array_equal(one.input_ids_L, other.input_ids_L)
+        np.testing.assert_array_equal(one.teacher.kept_ids_E, other.teacher.kept_ids_E)
+        np.testing.assert_allclose(one.teacher.kept_logp_E, other.teacher.kept_logp_E, atol=1e-5)
+        np.testing.assert_allclose(one.teacher.tail_logsum_PT, other.teacher.tail_logsum_PT, atol=1e-5)
+
+
+def test_a_sealed_dump_verifies_and_its_info_adds_up(sealed: LogitDataset):
+    found, info = verify(sealed), sealed.info()
+    assert found.faults == []
+    assert (
+        (found.rows, found.positions)
+        == (info["rows"], info["positions"])
+        == (23, sum(r.num_positions for r in all_rows(sealed)))
+    )
+    assert info["kept_per_position"] == 8
+    assert 0 < info["kept_mass"] < 1
+    assert info["mean_kl_nats"] == pytest.approx(0, abs=1e-9)
+    assert info["temperatures"] == [1.0, 2.0]
+    assert not (sealed.folder / "work").exists()
+
+
+def test_always_kept_tokens_are_in_every_position(teacher_folder: Path, chats: Path, tmp_path: Path):
+    dataset = run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", keep__always=["<|im_end|>", 5]))
+    for row in all_rows(dataset):
+        for position in row.teacher.split([1] * row.num_positions):
+            assert {2, 5} <= set(position.kept_ids_E.tolist())
+
+
+def interrupt_after(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the unit after so many is being scored."""
+    score = dump_module.TransformersEngine.score
+    calls = iter(range(1000))
+
+    def interrupted(self: Any, rows: Any) -> Any:
+        if next(calls) == units:
+            raise KeyboardInterrupt
+        return score(self, rows)
+
+    monkeypatch.setattr(dump_module.TransformersEngine, "score", interrupted)
+
+
+def test_running_again_goes_on_and_gives_the_same_shards(
+    sealed: LogitDataset, teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = dump_settings(teacher_folder, chats, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run_dump(settings)
+    assert len(list((tmp_path / "out/data").iterdir())) == 2
+    scored: list[int] = []
+    score = dump_module.TransformersEngine.score
+    monkeypatch.setattr(
+        dump_module.TransformersEngine, "score", lambda self, rows: scored.append(len(rows)) or score(self, rows)
+    )
+    resumed = run_dump(settings)
+    assert scored == [7, 2], "only the units that were not done"
+    assert resumed.manifest.shards == sealed.manifest.shards, "the same bytes as the uninterrupted dump"
+
+
+def test_a_shard_damaged_between_two_runs_is_done_again(
+    sealed: LogitDataset, teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = dump_settings(teacher_folder, chats, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run_dump(settings)
+    shard = tmp_path / "out/data/part-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert run_dump(settings).manifest.shards == sealed.manifest.shards
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"keep__k": 9}, "keep.k: was 8, is 9"),
+        ({"temperatures": [1, 3]}, "temperatures"),
+        ({"data__system": "Be brief.", "data__prompt_field": "q", "data__response_field": "a"}, None),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_and_named(
+    change: dict[str, Any], named: str | None, finished: bool, teacher_folder: Path, chats: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    with monkeypatch.context() as patch:
+        if not finished:
+            interrupt_after(1, patch)
+        try:
+            run_dump(dump_settings(teacher_folder, chats, tmp_path / "out"))
+        except KeyboardInterrupt:
+            assert not finished
+    with pytest.raises(MismatchError if named else RecordError, match=named):
+        run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", **change))
+
+
+def test_another_teacher_or_other_input_is_refused(
+    sealed: LogitDataset, teacher_folder: Path, chats: Path, tmp_path: Path
+):
+    other = make_model(tmp_path / "other", seed=99)
+    make_tokenizer(other)
+    with pytest.raises(MismatchError, match=r"teacher\.weights_sha256"):
+        run_dump(dump_settings(other, chats, sealed.folder))
+    more = write_jsonl(tmp_path / "chats.jsonl", chat_records(24))
+    with pytest.raises(MismatchError, match=r"input\.files"):
+        run_dump(dump_settings(teacher_folder, more, sealed.folder))
+
+
+def test_a_bad_record_is_found_before_the_teacher_is_loaded(teacher_folder: Path, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(dump_module, "TransformersEngine", None)
+    records = chat_records(9)
+    records[8]["messages"][0]["content"] = 17
+    files = write_jsonl(tmp_path / "chats.jsonl", records)
+    with pytest.raises(RecordError, match=r"chats\.jsonl:9: messages\[0\].*'content'.*expected a string, got int 17"):
+        run_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
+
+
+def test_rows_longer_than_the_teachers_context_are_an_error_or_counted(teacher_folder: Path, tmp_path: Path):
+    records = chat_records(8)
+    records[3]["messages"][-1]["content"] = "fox " * 600
+    files = write_jsonl(tmp_path / "chats.jsonl", records)
+    with pytest.raises(RecordError, match=r"chats\.jsonl:4: \d+ tokens, but the model's context is 512"):
+        run_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
+    dataset = run_dump(dump_settings(teacher_folder, files, tmp_path / "out", data__on_too_long="drop"))
+    assert dataset.manifest.input["tally"]["dropped_too_long"] == 1
+    assert [row.sample_id for row in all_rows(dataset)] == [f"chat-{n}" for n in range(8) if n != 3]
+
+
+def test_a_unit_whose_rows_are_all_dropped_leaves_no_shard(teacher_folder: Path, tmp_path: Path):
+    records = [{"id": f"empty-{n}", "messages": [{"role": "user", "content": "Hello?"}]} for n in range(7)]
+    files = write_jsonl(tmp_path / "chats.jsonl", records + chat_records(3))
+    dataset = run_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
+    assert [shard.path for shard in dataset.manifest.shards] == ["data/part-00001.parquet"]
+    assert dataset.manifest.input["tally"]["dropped_no_label"] == 7
+    assert verify(dataset).faults == []
+
+
+def test_a_teacher_that_gives_nan_names_the_row(chats: Path, tmp_path: Path):
+    teacher = make_model(tmp_path / "teacher")
+    make_tokenizer(teacher)
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher)
+    settings = dump_settings(teacher, chats, tmp_path / "out")
+    with torch.no_grad():
+        # The embedding of the "5" in record chat-5 alone, so that the model's start-up check passes.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("5")] = torch.nan
+    model.save_pretrained(teacher)
+    with pytest.raises(NonFiniteError, match=r"row 'chat-5', token \d+: log p of the realised token is nan"):
+        run_dump(settings)
+
+
+def test_an_unknown_always_kept_token_is_refused(teacher_folder: Path, chats: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"no token '<\|nope\|>'"):
+        run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", keep__always=["<|nope|>"]))
+
+
+def test_a_tokenizer_that_exceeds_the_teachers_vocabulary_is_refused(chats: Path, tmp_path: Path):
+    teacher = make_model(tmp_path / "teacher", vocab_size=200)
+    make_tokenizer(teacher)
+    with pytest.raises(MismatchError, match="the teacher's vocabulary ends at 200"):
+        run_dump(dump_settings(teacher, chats, tmp_path / "out"))
+
+
+def test_one_is_always_among_the_temperatures():
+    tree = {"teacher": {"model": "m"}, "data": {"files": ["f"]}, "output": "o", "temperatures": [4, 2, 2]}
+    assert DumpSettings.model_validate(tree).temperatures == [1.0, 2.0, 4.0]

@@ -1,0 +1,116 @@
+"""A chunk of logits to stored values, against a truth computed in fp64 one position at a time."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from shared.rows import Positions
+from teacher_dump.keep import KeepRule, keep_chunk
+
+TEMPERATURES = [1.0, 2.0, 0.5]
+
+
+def truth(logits_V: torch.Tensor, rule: KeepRule, temperature: float) -> tuple[dict[int, float], float, float]:
+    """Kept {id: log p}, the tail's log Σ p^(1/T) and the entropy, by definition."""
+    z = logits_V.double()
+    logp = (z - torch.logsumexp(z, 0)).tolist()
+    by_probability = sorted(range(len(logp)), key=lambda v: -logp[v])[: rule.k]
+    kept = (
+        {v for v in by_probability if math.exp(logp[v]) >= rule.min_prob} | {by_probability[0]} | set(rule.always_ids)
+    )
+    kept = {v for v in kept if logp[v] > -math.inf}
+    rest = [logp[v] / temperature for v in range(len(logp)) if v not in kept and logp[v] > -math.inf]
+    tail = float(torch.logsumexp(torch.tensor(rest, dtype=torch.float64), 0)) if rest else -math.inf
+    return {v: logp[v] for v in kept}, tail, -sum(math.exp(x) * x for x in logp if x > -math.inf)
+
+
+def keep(logits_NV: torch.Tensor, realised_N: torch.Tensor, rule: KeepRule) -> Positions:
+    chunk = keep_chunk(logits_NV.clone(), realised_N, rule, TEMPERATURES)
+    assert chunk.first_unscorable() is None
+    return chunk.positions()
+
+
+def assert_equals_truth(logits_NV: torch.Tensor, rule: KeepRule) -> None:
+    realised_N = torch.arange(len(logits_NV)) * 7 % min(8, logits_NV.shape[1])
+    got = keep(logits_NV, realised_N, rule)
+    logp_NV = torch.log_softmax(logits_NV.double(), dim=1)
+    for n, position in enumerate(got.split([1] * len(logits_NV))):
+        assert position.realised_logp_P[0] == pytest.approx(float(logp_NV[n, realised_N[n]]), abs=1e-5, rel=1e-6)
+        for j, temperature in enumerate(TEMPERATURES):
+            kept, tail, entropy = truth(logits_NV[n], rule, temperature)
+            assert position.kept_ids_E.tolist() == sorted(kept)
+            expected = [kept[v] for v in sorted(kept)]
+            np.testing.assert_allclose(position.kept_logp_E, expected, atol=1e-5, rtol=1e-6)
+            assert position.entropy_P[0] == pytest.approx(entropy, abs=1e-5)
+            assert position.tail_logsum_PT[0, j] == pytest.approx(tail, abs=1e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 17, 1001])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        KeepRule(k=1, min_prob=0.0, always_ids=()),
+        KeepRule(k=5, min_prob=0.0, always_ids=(0, 1)),
+        KeepRule(k=64, min_prob=0.01, always_ids=(1,)),
+        KeepRule(k=10, min_prob=0.9, always_ids=()),
+        KeepRule(k=5000, min_prob=0.0, always_ids=(0,)),
+    ],
+)
+def test_stored_values_equal_the_full_distribution(vocab_size: int, rule: KeepRule):
+    torch.manual_seed(vocab_size)
+    assert_equals_truth(torch.randn(13, vocab_size) * torch.logspace(-1, 1.3, 13)[:, None], rule)
+
+
+def test_a_tail_far_below_fp32_rounding_of_the_kept_mass_is_still_exact():
+    """1 − Σ of the kept would be 0 or negative at all of these."""
+    logits = torch.zeros(5, 9)
+    for n, drop in enumerate([10.0, 16.0, 40.0, 90.0, 300.0]):
+        logits[n, 2:] = -drop - torch.arange(7) * 0.3
+    rule = KeepRule(k=2, min_prob=0.0, always_ids=())
+    assert_equals_truth(logits, rule)
+    assert keep(logits, torch.zeros(5, dtype=torch.long), rule).tail_logsum_PT[4, 0] == pytest.approx(-299.8, abs=1.5)
+
+
+def test_a_vocabulary_padded_with_minus_infinity_keeps_none_of_the_padding():
+    torch.manual_seed(0)
+    logits = torch.randn(6, 12)
+    logits[:, 8:] = -torch.inf
+    assert_equals_truth(logits, KeepRule(k=3, min_prob=0.0, always_ids=(2, 9)))
+    everything = keep(logits, torch.zeros(6, dtype=torch.long), KeepRule(k=12, min_prob=0.0, always_ids=()))
+    assert everything.kept_counts_P.tolist() == [8] * 6
+    assert np.isneginf(everything.tail_logsum_PT).all()
+
+
+def test_control_tokens_outside_the_top_k_are_kept_when_asked_for():
+    logits = torch.arange(20.0).repeat(2, 1)
+    got = keep(logits, torch.tensor([0, 19]), KeepRule(k=3, min_prob=0.0, always_ids=(0, 19)))
+    assert got.kept_ids_E.reshape(2, -1).tolist() == [[0, 17, 18, 19]] * 2
+
+
+def test_an_always_kept_token_that_min_prob_would_drop_stays():
+    logits = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
+    got = keep(logits, torch.tensor([0]), KeepRule(k=4, min_prob=0.5, always_ids=(2,)))
+    assert got.kept_ids_E.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_reported_with_their_position(poison: float):
+    logits = torch.zeros(4, 6)
+    logits[2, 5] = poison
+    chunk = keep_chunk(logits, torch.zeros(4, dtype=torch.long), KeepRule(k=2, min_prob=0.0, always_ids=()), [1.0])
+    assert chunk.first_unscorable() == 2
+
+
+def test_a_realised_token_without_any_probability_is_reported():
+    logits = torch.zeros(3, 6)
+    logits[1, 4] = -torch.inf
+    rule = KeepRule(k=2, min_prob=0.0, always_ids=())
+    assert keep_chunk(logits.clone(), torch.tensor([0, 4, 0]), rule, [1.0]).first_unscorable() == 1
+    assert keep_chunk(logits.clone(), torch.tensor([0, 3, 0]), rule, [1.0]).first_unscorable() is None
+
+
+def test_bfloat16_logits_lose_nothing_more_once_they_are_fp32():
+    torch.manual_seed(1)
+    assert_equals_truth((torch.randn(4, 33) * 8).bfloat16().float(), KeepRule(k=6, min_prob=0.0, always_ids=()))
