@@ -6,8 +6,10 @@ up to the turn.  Each must be a prefix of the whole conversation, to the letter;
 history is refused, because its mask could only be guessed.  A turn is supervised up to and including its
 end-of-turn token; the line feed that many templates put behind it is not the assistant's.
 
-The rendered text is tokenized as a whole.  Where a token would straddle the border of a turn, the pieces are
-tokenized on their own, as they are at inference, where the prompt is tokenized before the answer exists.
+The rendered text is tokenized as a whole, unless its first prompt alone gives other tokens, as where a token
+would straddle the beginning of the answer.  Then the text is cut where answers begin and the pieces are tokenized
+on their own, as at inference, where the prompt is tokenized before the answer exists; and where a token still
+straddles an end, it is cut there too.
 """
 
 import re
@@ -59,14 +61,20 @@ class ChatEncoder:
                 f"tokenizer {tokenizer.name_or_path!r} has no chat template",
                 next_step="put a chat_template.jinja beside its tokenizer.json",
             )
+        # A tokenizer.json may come with truncation or padding switched on, which would change rows in silence.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._settings = settings
         limits = {"data.max_tokens": settings.max_tokens, "the model's context": context_tokens}
         self._limits = {name: limit for name, limit in limits.items() if limit is not None}
-        special = {str(token) for token in tokenizer.all_special_tokens}
-        special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        any_special = "|".join(map(re.escape, sorted(special)))
-        self._end_of_turn = re.compile(f"(?:{any_special})(?=\\s*\\Z)") if special else None
+        special = {
+            token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        named = tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens)
+        self._special: dict[int, str] = special | dict(zip(named, tokenizer.all_special_tokens, strict=True))
+        any_special = "|".join(map(re.escape, sorted(self._special.values())))
+        self._end_of_turn = re.compile(f"(?:{any_special})(?=\\s*\\Z)") if any_special else None
 
     def rows(self, records: Iterable[Record], tally: Tally) -> Iterator[Row]:
         """One row per record, in order; `tally` counts those that are dropped.
@@ -78,8 +86,9 @@ class ChatEncoder:
         while batch := list(islice(records, ENCODE_BATCH_RECORDS)):
             rendered = [self.render(record) for record in batch]
             encodings = self._encode([text for text, _ in rendered])
-            for record, (text, spans), encoding in zip(batch, rendered, encodings, strict=True):
-                row = self._row(record, text, spans, encoding)
+            prompts = self._encode([text[: spans[0][0]] if spans else "" for text, spans in rendered])
+            for record, (text, spans), encoding, prompt in zip(batch, rendered, encodings, prompts, strict=True):
+                row = self._row(record, text, spans, encoding, prompt.ids)
                 tally.records += 1
                 if self._is_kept(row, record, tally):
                     tally.rows += 1
@@ -130,11 +139,11 @@ class ChatEncoder:
         # The template writes the special tokens itself, BOS included.
         return self._tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
 
-    def _row(self, record: Record, text: str, spans: list[Span], encoding: Any) -> Row:
-        mask = _mask_from_offsets(encoding.offsets, spans)
+    def _row(self, record: Record, text: str, spans: list[Span], encoding: Any, prompt_ids: list[int]) -> Row:
         ids = encoding.ids
-        if mask is None:
-            ids, mask = self._encode_pieces(record, text, spans)
+        mask = self._mask(ids, encoding.offsets, text, spans)
+        if mask is None or ids[: len(prompt_ids)] != prompt_ids:
+            ids, mask = self._encode_pieces(record, text, spans, encoding)
         if mask and mask[0]:
             raise RecordError(f"{record.where}: the first token would be supervised, but nothing precedes it")
         return Row(
@@ -143,21 +152,47 @@ class ChatEncoder:
             label_mask_L=np.asarray(mask, dtype=np.bool_),
         )
 
-    def _encode_pieces(self, record: Record, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
-        borders = [0, *(border for span in spans for border in span), len(text)]
-        pieces = [text[a:b] for a, b in pairwise(borders)]
-        ids: list[int] = []
-        mask: list[bool] = []
-        for index, encoding in enumerate(self._encode(pieces)):
-            ids += encoding.ids
-            mask += [index % 2 == 1] * len(encoding.ids)
-        if self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) != text:
-            raise RecordError(
-                f"{record.where}: a token straddles the border of an assistant turn, and this tokenizer does not "
-                "give the same text back when the turns are tokenized on their own",
-                next_step="let the chat template put a special token or a line feed before the answer",
-            )
-        return ids, mask
+    def _encode_pieces(self, record: Record, text: str, spans: list[Span], whole: Any) -> tuple[list[int], list[bool]]:
+        """Cut where answers begin and, where that is not enough, also where they end."""
+        begins = {begin for begin, _ in spans}
+        for cuts in (begins, begins.union(end for _, end in spans)):
+            borders = sorted({0, *cuts, len(text)})
+            ids: list[int] = []
+            offsets: list[Span] = []
+            for shift, piece in zip(borders, self._encode([text[a:b] for a, b in pairwise(borders)]), strict=False):
+                ids += piece.ids
+                offsets += [(start + shift, stop + shift) for start, stop in piece.offsets]
+            mask = self._mask(ids, offsets, text, spans)
+            if mask is not None and self._decode(ids) == self._decode(whole.ids):
+                return ids, mask
+        raise RecordError(
+            f"{record.where}: a token straddles the border of an assistant turn, and this tokenizer does not "
+            "give the same text back when the turns are tokenized on their own",
+            next_step="let the chat template put a special token or a line feed before the answer",
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _mask(self, ids: list[int], offsets: list[Span], text: str, spans: list[Span]) -> list[bool] | None:
+        """Which tokens lie inside a span; None where one straddles a border.
+
+        Tokenizers may trim white space from a token's offsets.  What lies between two tokens belongs to the latter.
+        An end-of-turn token may swallow the white space behind it (Phi-3's `<|end|>`); it is the turn's all the same.
+        """
+        if not offsets:
+            return []
+        starts, stops = np.asarray(offsets, dtype=np.int64).T
+        starts = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(stops)[:-1]]))
+        mask = np.zeros(len(starts), dtype=np.bool_)
+        for begin, end in spans:
+            inside = (starts < end) & (stops > begin)
+            for index in np.flatnonzero(inside & ((starts < begin) | (stops > end))):
+                special = self._special.get(ids[index])
+                if starts[index] < begin or special is None or not text.endswith(special, begin, end):
+                    return None
+            mask |= inside
+        return mask.tolist()
 
     def _is_kept(self, row: Row, record: Record, tally: Tally) -> bool:
         exceeded = [f"{name} is {limit}" for name, limit in self._limits.items() if row.num_tokens > limit]
@@ -173,21 +208,3 @@ class ChatEncoder:
             tally.dropped_no_label += 1
             return False
         return True
-
-
-def _mask_from_offsets(offsets: list[Span], spans: list[Span]) -> list[bool] | None:
-    """Which tokens lie inside a span; None where one straddles a border.
-
-    Tokenizers may trim white space from a token's offsets.  What lies between two tokens belongs to the latter.
-    """
-    if not offsets:
-        return []
-    starts, stops = np.asarray(offsets, dtype=np.int64).T
-    starts = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(stops)[:-1]]))
-    mask = np.zeros(len(starts), dtype=np.bool_)
-    for begin, end in spans:
-        overlaps = (starts < end) & (stops > begin)
-        if (overlaps & ((starts < begin) | (stops > end))).any():
-            return None
-        mask |= overlaps
-    return mask.tolist()

@@ -6,7 +6,7 @@ Paths in a config are relative to the folder where the command is run.
 """
 
 import difflib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -52,20 +52,23 @@ def settings_yaml(settings: Settings) -> str:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice; YAML would let the last one win in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+    # On the nodes of the text, not on the built mapping, which holds what `<<: *base` merged in, and may override it.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: builds no objects
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
@@ -73,7 +76,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        others = [] if path.exists() else [p.name for p in path.parent.glob("*.y*ml")]
+        near = difflib.get_close_matches(path.name, others, n=1)
         raise ConfigError(
             f"config {path} cannot be read: {error}",
             next_step=f"did you mean {path.parent / near[0]}?" if near else "check the path of the config file",
@@ -90,9 +94,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected a.b=value", next_step="for example --set output=my-dump")
     *parents, leaf = dotted.split(".")
     for depth, parent in enumerate(parents):
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
+        branch = tree.get(parent, {})
+        if not isinstance(branch, dict):
             raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} holds a value, not settings")
+        tree[parent] = tree = dict(branch)  # a copy: a YAML alias puts one mapping in two places
     tree[leaf] = _parse_yaml(value, f"--set {override}")
 
 

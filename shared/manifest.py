@@ -24,6 +24,8 @@ class Shard(Settings):
     size_bytes: int = Field(ge=0)
     rows: int = Field(ge=0)
     tokens: int = Field(ge=0)
+    longest_row: int = Field(ge=0)
+    """Tokens of the longest row, so that a student knows before it starts whether its context is long enough."""
     positions: int = Field(ge=0)
     kept: int = Field(ge=0)
     """Kept entries of all positions."""

@@ -83,7 +83,7 @@ def read_records(settings: TextSettings) -> Iterator[Record]:
                 repeats[sample_id] += 1
                 if repeats[sample_id] > 1:
                     sample_id = f"{sample_id}#{repeats[sample_id]}"
-            elif sample_id in seen_ids:
+            if sample_id in seen_ids:  # also where one record's own id is the digest of another's content
                 raise RecordError(
                     f"{where}: sample id {sample_id!r} is already used at {seen_ids[sample_id]}",
                     next_step=f"make field {settings.id_field!r} unique, or name another field as id_field",
@@ -114,14 +114,25 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise RecordError(f"{where}: not UTF-8: {error}") from None
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
                 raise RecordError(f"{where}: not a line of JSON: {error}") from None
             if not isinstance(fields, dict):
                 raise RecordError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+            if b"\\u" in line:
+                _require_whole_characters(fields, where)
             num_records += 1
             yield where, fields
     if not num_records:
         raise RecordError(f"{path}: holds no records")
+
+
+def _require_whole_characters(fields: dict[str, Any], where: str) -> None:
+    """JSON can spell half a surrogate pair, which is no character: no digest, tokenizer or Parquet file takes it."""
+    for name, value in fields.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RecordError(f"{where}: field {name!r}: holds half a surrogate pair, which is no character") from None
 
 
 def _own_id(fields: dict[str, Any], id_field: str, where: str) -> str | None:

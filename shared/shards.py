@@ -56,6 +56,7 @@ def encode_shard(
         size_bytes=data.size,
         rows=len(rows),
         tokens=sum(row.num_tokens for row in rows),
+        longest_row=max((row.num_tokens for row in rows), default=0),
         positions=num_positions,
         kept=int(exact.kept_counts_P.sum()),
         kept_mass=float(np.exp(exact.kept_logp_E, dtype=np.float64).sum()),

@@ -91,9 +91,9 @@ class _FusedLinearLoss(torch.autograd.Function):
                 d_bias_V += d_logits_nV.sum(dim=0)
         ctx.gradients = (d_hidden_ND, d_weight_VD, d_bias_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, weight_VD.dtype)
-        total, ce, kl = sums_3.unbind()
+        total, ce, kl = (value.clone() for value in sums_3)
         ctx.mark_non_differentiable(ce, kl)
-        return total.clone(), ce.clone(), kl.clone()
+        return total, ce, kl
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -66,7 +66,7 @@ def open_source(settings: DataSettings, tokenizer: Any, *, vocab_size: int, cont
         RecordError: text that cannot become rows.
     """
     if settings.dataset is not None:
-        return _open_dataset(settings.dataset, tokenizer.backend_tokenizer, vocab_size)
+        return _open_dataset(settings.dataset, tokenizer.backend_tokenizer, vocab_size, context_tokens)
     assert settings.text is not None
     encoder = ChatEncoder(tokenizer, settings.text, context_tokens=context_tokens)
     tally, blocks = Tally(), []
@@ -78,7 +78,7 @@ def open_source(settings: DataSettings, tokenizer: Any, *, vocab_size: int, cont
     return TextSource(blocks=blocks, sample_ids=[[row.sample_id for row in block] for block in blocks], tally=tally)
 
 
-def _open_dataset(folder: str, tokenizer: Tokenizer, vocab_size: int) -> DatasetSource:
+def _open_dataset(folder: str, tokenizer: Tokenizer, vocab_size: int, context_tokens: int | None) -> DatasetSource:
     dataset = LogitDataset.open(folder)
     require_same_tokenizer(
         dataset.tokenizer(), tokenizer, expected_name=f"the dataset {folder}", got_name="the student"
@@ -88,6 +88,12 @@ def _open_dataset(folder: str, tokenizer: Tokenizer, vocab_size: int) -> Dataset
             f"the teacher's vocabulary has {dataset.manifest.vocab_size} ids (config.vocab_size), the student's "
             f"{vocab_size}; the tokenizers agree, so one of the two is padded",
             next_step=f"resize the student: model.resize_token_embeddings({dataset.manifest.vocab_size})",
+        )
+    longest = max((shard.longest_row for shard in dataset.manifest.shards), default=0)
+    if context_tokens is not None and longest > context_tokens:
+        raise MismatchError(
+            f"the student's context is {context_tokens}, but {folder} has a row of {longest} tokens",
+            next_step=f"dump again with data.max_tokens: {context_tokens}, or take a student with a longer context",
         )
     return DatasetSource(dataset=dataset, sample_ids=dataset.sample_ids())
 

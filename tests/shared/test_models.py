@@ -1,0 +1,81 @@
+"""Models are loaded whole or refused, and taken apart only where body and head explain all of the logits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from shared.errors import ConfigError, MismatchError
+from shared.models import load_model, load_tokenizer, model_identity, split_model
+from shared.models_config import ModelSettings
+from tests.tiny import FAMILIES, make_model
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path | str) -> Any:
+    return load_model(ModelSettings(model=str(folder)), dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_body_and_head_give_the_models_own_logits(family: str, tmp_path: Path):
+    model = load(make_model(tmp_path, family=family, spread=2.0))
+    body, head = split_model(model)
+    ids = torch.randint(0, head.vocab_size, (3, 17))
+    with torch.no_grad():
+        torch.testing.assert_close(head.logits(body(input_ids=ids).last_hidden_state), model(input_ids=ids).logits)
+
+
+def test_a_model_that_does_more_than_its_config_says_is_refused(tmp_path: Path):
+    model = load(make_model(tmp_path, family="gemma2_softcap", spread=2.0))
+    forward = model.forward
+    model.forward = lambda **inputs: transformers.modeling_outputs.CausalLMOutput(
+        logits=forward(**inputs).logits * 1.01
+    )
+    with pytest.raises(MismatchError, match="does more between its hidden states and its logits"):
+        split_model(model)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path):
+    """transformers alone would fill them with noise and say so in a warning."""
+    make_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match=r"lacks 1 weights of its architecture, first .*up_proj"):
+        load(tmp_path)
+
+
+def test_pickled_weights_are_not_loaded(tmp_path: Path):
+    make_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="no model can be loaded"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_a_wrong_path_is_called_a_wrong_path(name: str):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(name)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_tokenizer(ModelSettings(model=name))
+
+
+def test_an_empty_folder_is_no_model(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no model can be loaded"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        load_tokenizer(ModelSettings(model=str(tmp_path)))
+
+
+def test_a_models_identity_is_its_weights(tmp_path: Path):
+    one, same, other = (make_model(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    identities = [model_identity(ModelSettings(model=str(folder)), load(folder)) for folder in (one, same, other)]
+    digests = [identity["weights_sha256"] for identity in identities]
+    assert digests[0] == digests[1] != digests[2]
+    assert identities[0]["vocab_size"] == 307

@@ -1,0 +1,272 @@
+"""Whole training runs: the gradient, what has no influence on it, and what is left behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from shared.dataset import LogitDataset
+from shared.errors import ConfigError, DamagedDataError, MismatchError, NonFiniteError
+from shared.rows import LogitRow
+from student_train.config import TrainSettings
+from student_train.train import Trainer
+from teacher_dump.dump import run_dump
+from tests.data import chat_records, dump_settings, write_jsonl
+from tests.tiny import make_model, make_tokenizer
+
+V = 307
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_records(24))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, chats: Path) -> Path:
+    return run_dump(dump_settings(teacher_folder, chats, tmp_path_factory.mktemp("kept8") / "out")).folder
+
+
+@pytest.fixture(scope="module")
+def whole_dataset(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, chats: Path) -> Path:
+    """Everything kept: the sparse loss must become the dense one."""
+    output = tmp_path_factory.mktemp("keptall") / "out"
+    return run_dump(dump_settings(teacher_folder, chats, output, keep__k=V)).folder
+
+
+def settings(student: Path, output: Path, **changes: Any) -> TrainSettings:
+    tree: dict[str, Any] = {
+        "student": {"model": str(student)},
+        "data": {},
+        "output": str(output),
+        "optimizer": {"learning_rate": 1e-3},
+        "steps": 3,
+        "rows_per_step": 8,
+        "batch_tokens": 600,
+        "device": "cpu",
+    }
+    for dotted, value in changes.items():
+        *parents, leaf = dotted.split("__")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    return TrainSettings.model_validate(tree)
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_first_step_equals_dense_distillation_written_by_hand(
+    temperature: float, student_folder: Path, teacher_folder: Path, whole_dataset: Path, tmp_path: Path
+):
+    """Off-by-one, T² without gradient, means of means and KL over the prompt would each show here."""
+    Trainer(
+        settings(
+            student_folder, tmp_path / "out", data__dataset=str(whole_dataset), steps=1, rows_per_step=24,
+            loss__temperature=temperature, loss__kd_weight=0.7, optimizer__max_grad_norm=1e9,
+        )
+    ).run()  # fmt: skip
+    step = next(entry for entry in log_of(tmp_path / "out") if "loss" in entry)
+    student, teacher = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (student_folder, teacher_folder)
+    )
+    opened = LogitDataset.open(whole_dataset)
+    ce_sum = kl_sum = torch.zeros(())
+    num_labels = 0
+    for row in (row for index in range(len(opened.manifest.shards)) for row in opened.read_shard(index)):
+        ids = torch.tensor(row.input_ids_L, dtype=torch.long)[None]
+        labels = ids.masked_fill(~torch.from_numpy(row.label_mask_L)[None], -100)[0, 1:]
+        student_logits = student(ids).logits[0, :-1]
+        with torch.no_grad():
+            teacher_logits = teacher(ids).logits[0, :-1]
+        is_label = labels != -100
+        ce_sum = ce_sum + F.cross_entropy(student_logits, labels, reduction="sum")
+        log_q = torch.log_softmax(student_logits[is_label] / temperature, dim=1)
+        p = torch.softmax(teacher_logits[is_label] / temperature, dim=1)
+        kl_sum = kl_sum + F.kl_div(log_q, p, reduction="sum")
+        num_labels += int(is_label.sum())
+    loss = (0.3 * ce_sum + 0.7 * temperature**2 * kl_sum) / num_labels
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in student.parameters()))
+    assert step["positions"] == num_labels
+    assert step["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert step["ce"] == pytest.approx(float(ce_sum.detach()) / num_labels, rel=1e-4)
+    assert step["kl"] == pytest.approx(float(kl_sum.detach()) / num_labels, rel=1e-4)
+    assert step["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_how_a_step_is_cut_into_forward_passes_changes_nothing(student_folder: Path, dataset: Path, tmp_path: Path):
+    """Rows have very unlike numbers of labels: a mean of means would differ."""
+    runs = []
+    for name, batch_tokens, chunk in (("whole", 100_000, 5000), ("cut", 1, 5), ("odd", 333, 64)):
+        Trainer(
+            settings(
+                student_folder, tmp_path / name, data__dataset=str(dataset), batch_tokens=batch_tokens,
+                loss__chunk_positions=chunk,
+            )
+        ).run()  # fmt: skip
+        runs.append([(e["loss"], e["grad_norm"]) for e in log_of(tmp_path / name) if "loss" in e])
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-4)
+    np.testing.assert_allclose(runs[2], runs[0], rtol=1e-4)
+
+
+def test_padding_has_no_influence_on_any_position(student_folder: Path, dataset: Path, tmp_path: Path):
+    """A short row beside a long one gives the bits of the loss and gradient that it gives alone."""
+    trainer = Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), batch_tokens=100_000))
+    rows = LogitDataset.open(dataset).read_shard(0)
+    long, short = max(rows, key=lambda r: r.num_tokens), min(rows, key=lambda r: r.num_tokens)
+    assert long.num_tokens > 1.5 * short.num_tokens
+    gradients = []
+    for companion in (long, _with_other_tokens(long)):
+        trainer._model.zero_grad()
+        # The companion has weight in neither sum: its labels are masked away, only its padding effect is left.
+        silent = LogitRow(**{**vars(companion), "label_mask_L": companion.label_mask_L & False, "teacher": _none(long)})
+        for sums in trainer._forward([short, silent], trainer._objective, trainer._tail_index, 1.0):
+            sums.total.backward()
+        gradients.append([p.grad.clone() for p in trainer._model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def _with_other_tokens(row: LogitRow) -> LogitRow:
+    return LogitRow(**{**vars(row), "input_ids_L": (row.input_ids_L + 7) % V})
+
+
+def _none(row: LogitRow) -> Any:
+    return row.teacher.split([0, row.num_positions])[0]
+
+
+def test_tokens_without_a_label_get_no_loss(student_folder: Path, dataset: Path, tmp_path: Path):
+    """Change what follows the last label of a row: nothing that is trained on may move."""
+    trainer = Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset)))
+    row = LogitDataset.open(dataset).read_shard(0)[0]
+    last = int(np.flatnonzero(row.label_mask_L)[-1])
+    assert last < row.num_tokens - 1, "the template puts a line feed behind the end of turn"
+    changed_ids = row.input_ids_L.copy()
+    changed_ids[last + 1 :] = 99
+    losses = []
+    for version in (row, LogitRow(**{**vars(row), "input_ids_L": changed_ids})):
+        losses += [
+            sums.total.item() for sums in trainer._forward([version], trainer._objective, trainer._tail_index, 1.0)
+        ]
+    assert losses[0] == losses[1]
+
+
+def test_distillation_moves_the_student_towards_the_teacher(student_folder: Path, dataset: Path, tmp_path: Path):
+    result = Trainer(
+        settings(
+            student_folder, tmp_path / "out", data__dataset=str(dataset), steps=40, held_out__fraction=0.2,
+            loss__kd_weight=0.9, optimizer__learning_rate=1e-2, optimizer__warmup_steps=3, evaluate_every=20,
+        )
+    ).run()  # fmt: skip
+    evaluations = [entry["held_out"] for entry in log_of(tmp_path / "out") if "held_out" in entry]
+    assert [entry["step"] for entry in log_of(tmp_path / "out") if "held_out" in entry] == [0, 20, 40]
+    assert evaluations[-1]["kl"] < 0.8 * evaluations[0]["kl"]
+    assert result["held_out"] == evaluations[-1]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_floor(student_folder: Path, dataset: Path, tmp_path: Path):
+    Trainer(
+        settings(
+            student_folder, tmp_path / "out", data__dataset=str(dataset), steps=10, rows_per_step=1,
+            optimizer__learning_rate=1e-3, optimizer__warmup_steps=4, optimizer__min_lr_ratio=0.1,
+        )
+    ).run()  # fmt: skip
+    rates = [entry["lr"] for entry in log_of(tmp_path / "out") if "lr" in entry]
+    assert rates[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 1e-4 < rates[-1] < 2.5e-4
+
+
+def test_plain_sft_reads_text_and_needs_no_dataset(student_folder: Path, chats: Path, dataset: Path, tmp_path: Path):
+    """And is bit for bit what kd_weight 0 gives on the dataset made from that text, cut into the same blocks."""
+    text = {"data__text": {"files": [str(chats)]}, "loss__kd_weight": 0}
+    Trainer(settings(student_folder, tmp_path / "text", **text)).run()
+    Trainer(settings(student_folder, tmp_path / "again", **text)).run()
+    entries = [[e["loss"] for e in log_of(tmp_path / name) if "loss" in e] for name in ("text", "again")]
+    assert entries[0] == entries[1], "same seed, same losses"
+    assert "kl" not in log_of(tmp_path / "text")[-1]
+    weights, before = weights_of(tmp_path / "text/model"), weights_of(student_folder)
+    assert any(not torch.equal(weights[name], before[name]) for name in before)
+
+
+def test_what_is_left_is_a_hugging_face_model_with_its_tokenizer(student_folder: Path, dataset: Path, tmp_path: Path):
+    result = Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset))).run()
+    model = transformers.AutoModelForCausalLM.from_pretrained(result["model"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(result["model"])
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Two plus three?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] >= ids.shape[1] + 1
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["data"]["manifest_sha256"] == LogitDataset.open(dataset).identity()
+    assert (tmp_path / "out/config.yaml").is_file()
+
+
+def test_a_finished_run_is_not_overwritten(student_folder: Path, dataset: Path, tmp_path: Path):
+    Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset))).run()
+    with pytest.raises(ConfigError, match="this run is finished"):
+        Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset)))
+
+
+def test_an_undeclared_temperature_is_refused(student_folder: Path, dataset: Path, tmp_path: Path):
+    with pytest.raises(MismatchError, match=r"temperature 3 is not among the dataset's \[1\.0, 2\.0\]"):
+        Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), loss__temperature=3))
+
+
+def test_rows_longer_than_the_students_context_are_refused(dataset: Path, tmp_path: Path):
+    student = make_model(tmp_path / "short", max_position_embeddings=64)
+    make_tokenizer(student)
+    with pytest.raises(MismatchError, match=r"the student's context is 64, but .* has a row of \d+ tokens"):
+        Trainer(settings(student, tmp_path / "out", data__dataset=str(dataset))).run()
+
+
+def test_damage_stops_training_before_it_is_trained_on(student_folder: Path, dataset: Path, tmp_path: Path):
+    shard = sorted(dataset.glob("data/*"))[-1]
+    whole = shard.read_bytes()
+    try:
+        shard.write_bytes(whole[: len(whole) // 2] + b"\0" + whole[len(whole) // 2 + 1 :])
+        trainer = Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), steps=100))
+        with pytest.raises(DamagedDataError):
+            trainer.run()
+    finally:
+        shard.write_bytes(whole)
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_a_loss_that_is_no_number_stops_with_the_rows_named(student_folder: Path, dataset: Path, tmp_path: Path):
+    diverging = settings(
+        student_folder, tmp_path / "out", data__dataset=str(dataset), steps=30, optimizer__learning_rate=1e30,
+        optimizer__max_grad_norm=1e30,
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"in a step over 8 rows: chat-\d+"):
+        Trainer(diverging).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {}}, "name a dataset or text"),
+        ({"data": {"text": {"files": ["f"]}}}, "kd_weight above 0 needs data.dataset"),
+        ({"steps": None}, "give epochs or steps"),
+        ({"epochs": 1}, "give epochs or steps"),
+        ({"held_out": {"fraction": 0.1, "data": {"dataset": "d"}}}, "not both"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(changes: dict[str, Any], message: str):
+    tree = {"student": {"model": "m"}, "data": {"dataset": "d"}, "output": "o", "steps": 1}
+    with pytest.raises(ValueError, match=message):
+        TrainSettings.model_validate({**tree, **changes})
