@@ -15,7 +15,8 @@ from shared.models import load_tokenizer
 from shared.models_config import ModelSettings
 from shared.rows import Row
 from student_train.config import DataSettings
-from student_train.stream import Stream, TextSource, is_held_out, open_source
+from student_train.sources import TextSource, open_source
+from student_train.stream import Stream, is_held_out
 from teacher_dump.dump import run_dump
 from tests.data import chat_records, dump_settings, write_jsonl
 from tests.tiny import SENTENCES, make_tokenizer

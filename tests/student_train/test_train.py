@@ -131,14 +131,18 @@ def test_padding_has_no_influence_on_any_position(student_folder: Path, dataset:
     assert long.num_tokens > 1.5 * short.num_tokens
     gradients = []
     for companion in (long, _with_other_tokens(long)):
-        trainer._model.zero_grad()
+        trainer.student.model.zero_grad()
         # The companion has weight in neither sum: its labels are masked away, only its padding effect is left.
         silent = LogitRow(**{**vars(companion), "label_mask_L": companion.label_mask_L & False, "teacher": _none(long)})
-        for sums in trainer._forward([short, silent], trainer._objective, trainer._tail_index, 1.0):
+        for sums in losses(trainer, [short, silent]):
             sums.total.backward()
-        gradients.append([p.grad.clone() for p in trainer._model.parameters()])
+        gradients.append([p.grad.clone() for p in trainer.student.model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+def losses(trainer: Trainer, rows: list[LogitRow]) -> Any:
+    return trainer.student.losses(rows, trainer.objective, tail_index=trainer.tail_index, denominator=1.0)
 
 
 def _with_other_tokens(row: LogitRow) -> LogitRow:
@@ -157,12 +161,10 @@ def test_tokens_without_a_label_get_no_loss(student_folder: Path, dataset: Path,
     assert last < row.num_tokens - 1, "the template puts a line feed behind the end of turn"
     changed_ids = row.input_ids_L.copy()
     changed_ids[last + 1 :] = 99
-    losses = []
+    values = []
     for version in (row, LogitRow(**{**vars(row), "input_ids_L": changed_ids})):
-        losses += [
-            sums.total.item() for sums in trainer._forward([version], trainer._objective, trainer._tail_index, 1.0)
-        ]
-    assert losses[0] == losses[1]
+        values += [sums.total.item() for sums in losses(trainer, [version])]
+    assert values[0] == values[1]
 
 
 def test_distillation_moves_the_student_towards_the_teacher(student_folder: Path, dataset: Path, tmp_path: Path):

@@ -1,0 +1,39 @@
+"""How a student does on held-out rows: cross-entropy on the labels, and KL to the teacher where there is one."""
+
+from dataclasses import dataclass
+
+import torch
+
+from student_train.loss import Objective
+from student_train.sources import DatasetSource
+from student_train.stream import Stream
+from student_train.student import Student
+
+EVALUATE_ROWS = 256  # in memory at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutMeans:
+    """Means over supervised tokens, in nats.  `kl` is the forward KL over kept ids and tail at T = 1."""
+
+    positions: int
+    ce: float
+    kl: float | None
+
+
+@torch.no_grad()
+def evaluate(student: Student, stream: Stream) -> HeldOutMeans:
+    """Every row of the stream once, in the order of its source; the mode of the model is left as it was."""
+    has_teacher = isinstance(stream.source, DatasetSource)
+    positions, ce, kl = 0, 0.0, 0.0
+    was_training = student.model.training
+    student.model.eval()
+    for rows in stream.in_order(EVALUATE_ROWS):
+        positions += sum(row.num_positions for row in rows)
+        # T = 1 is always the first of the declared temperatures.
+        for sums in student.losses(
+            rows, Objective(kd_weight=0.0), tail_index=0 if has_teacher else None, denominator=1.0
+        ):
+            ce, kl = ce + float(sums.ce), kl + float(sums.kl)
+    student.model.train(was_training)
+    return HeldOutMeans(positions=positions, ce=ce / positions, kl=kl / positions if has_teacher else None)
