@@ -69,7 +69,7 @@ def emit(result: dict[str, Any], lines: list[str], *, as_json: bool) -> None:
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
-def run_command(group: click.Group) -> None:
+def run_command(group: click.Command) -> None:
     """Run a command and leave the process with the exit code of what happened."""
     try:
         with _sigterm_interrupts():

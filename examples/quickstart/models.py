@@ -14,7 +14,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast
+from transformers import (
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+)
 
 PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # Qwen2's own: `AutoTokenizer` takes the class from the model's type, and that class brings its pre-tokenizer along.
@@ -26,9 +31,7 @@ WORDS = (
 THINKING = ("<think>", "</think>")
 MAX_VOCABULARY = 512
 CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -45,31 +48,24 @@ class Shape:
 
 TEACHER = Shape(width=128, layers=3, heads=4, feed_forward=256)
 STUDENT = Shape(width=64, layers=2, heads=4, feed_forward=128)
-TINY_TEACHER = Shape(width=64, layers=2, heads=4, feed_forward=128)
+TINY_TEACHER = STUDENT
 TINY_STUDENT = Shape(width=32, layers=2, heads=2, feed_forward=64)
 
 
-def corpus_texts(paths: Iterable[Path]) -> Iterator[str]:
+def corpus_texts(path: Path) -> Iterator[str]:
     """The roles and contents of all messages."""
-    for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            for message in json.loads(line)["messages"]:
-                yield f"{message['role']}\n{message['content']}"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        yield from (f"{message['role']}\n{message['content']}" for message in json.loads(line)["messages"])
 
 
 def make_tokenizer(texts: Iterable[str]) -> Qwen2TokenizerFast:
     """A byte-level BPE in which every digit stands alone, with ChatML's tokens and those of thinking."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([PAD, TURN, END])
-    bpe.add_tokens([AddedToken(tag, normalized=False) for tag in THINKING])
     trainer = trainers.BpeTrainer(
         vocab_size=MAX_VOCABULARY,
         special_tokens=[PAD, TURN, END],
@@ -77,7 +73,8 @@ def make_tokenizer(texts: Iterable[str]) -> Qwen2TokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = Qwen2TokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+    bpe.add_tokens([AddedToken(tag, normalized=False) for tag in THINKING])
+    tokenizer = Qwen2TokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD, add_prefix_space=False)
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -94,6 +91,7 @@ def make_model(tokenizer: Qwen2TokenizerFast, shape: Shape, seed: int) -> Qwen2F
         num_key_value_heads=shape.heads,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        initializer_range=shape.width**-0.5,  # the usual 0.02 suits wide models; narrow ones learn slowly from it
         bos_token_id=None,
         eos_token_id=end,
         pad_token_id=pad,
@@ -109,7 +107,7 @@ def write_models(
 ) -> dict[str, Path]:
     """Tokenizer, teacher and student below `folder`.  The teacher's corpus is what the tokenizer learns from."""
     paths = {name: folder / name for name in ("tokenizer", "teacher", "student")}
-    tokenizer = make_tokenizer(corpus_texts([corpus / "teacher_train.jsonl"]))
+    tokenizer = make_tokenizer(corpus_texts(corpus / "teacher_train.jsonl"))
     tokenizer.save_pretrained(paths["tokenizer"])
     for name, shape, model_seed in (("teacher", teacher, seed), ("student", student, seed + 1)):
         make_model(tokenizer, shape, model_seed).save_pretrained(paths[name])
@@ -119,5 +117,5 @@ def write_models(
 
 if __name__ == "__main__":
     corpus_folder, models_folder, *seeds = sys.argv[1:]
-    for written in write_models(Path(corpus_folder), Path(models_folder), *map(int, seeds)).values():
+    for written in write_models(Path(corpus_folder), Path(models_folder), seed=int(seeds[0]) if seeds else 0).values():
         print(written)
