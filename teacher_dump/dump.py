@@ -58,7 +58,8 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
     tally, largest_id = _survey(settings.data, encoder)
     engine = TransformersEngine(settings.teacher, rule, settings.temperatures)
     vocab_size: int = engine.identity["vocab_size"]
-    largest_id = max(largest_id, *rule.always_ids, 0)
+    if max(rule.always_ids, default=0) >= vocab_size:
+        raise ConfigError(f"keep.always: id {max(rule.always_ids)} is beyond the teacher's vocabulary of {vocab_size}")
     if largest_id >= vocab_size:
         raise MismatchError(
             f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {vocab_size}",

@@ -70,7 +70,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_model(folder: Path, *, family: str = "qwen2", seed: int = 0, spread: float = 0.5, **changes: Any) -> Path:
-    """Save a randomly initialised model; `spread` is the standard deviation of its matrices, so that it has opinions."""
+    """Save a randomly initialised model; `spread` scales its matrices, so that it has opinions."""
     name, extra = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**{**SHAPE, **extra, **changes})
     torch.manual_seed(seed)

@@ -255,3 +255,10 @@ def test_a_tokenizer_that_exceeds_the_teachers_vocabulary_is_refused(chats: Path
 def test_one_is_always_among_the_temperatures():
     tree = {"teacher": {"model": "m"}, "data": {"files": ["f"]}, "output": "o", "temperatures": [4, 2, 2]}
     assert DumpSettings.model_validate(tree).temperatures == [1.0, 2.0, 4.0]
+
+
+def test_an_always_kept_id_beyond_the_vocabulary_is_refused(teacher_folder: Path, chats: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="id 307 is beyond the teacher's vocabulary of 307"):
+        run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", keep__always=[307]))
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        dump_settings(teacher_folder, chats, tmp_path / "out", keep__always=[-1])
