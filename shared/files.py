@@ -5,15 +5,16 @@ import os
 from pathlib import Path
 
 HASH_BLOCK_BYTES = 1 << 22
+TEMPORARY_PREFIX = ".writing-"
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write `data` so that `path` never shows a part of it, also across a power cut.
 
-    A crash leaves at most a `.tmp` file beside `path`; nothing reads those.
+    A crash leaves at most a file with TEMPORARY_PREFIX beside `path`; nothing reads those.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -1,6 +1,6 @@
 """The config of `teacher-dump`."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -29,8 +29,8 @@ class KeepSettings(Settings):
     """At most so many ids per position (`always` comes on top)."""
     min_prob: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Of the k largest keep only those with p >= min_prob; the largest one is always kept."""
-    always: list[str | Annotated[int, Field(ge=0)]] = []
-    """Tokens (or their ids) that are kept at every position: EOS, end of turn, think tags, tool openers."""
+    always: list[str] = []
+    """Tokens that are kept at every position, as the tokenizer spells them: end of turn, think tags, tool openers."""
 
 
 class DumpSettings(Settings):

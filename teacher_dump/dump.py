@@ -19,7 +19,7 @@ from shared.chat import ChatEncoder, Tally
 from shared.config import Settings
 from shared.dataset import CARD_NAME, DATA_FOLDER, TOKENIZER_FOLDER, LogitDataset
 from shared.errors import ConfigError, MismatchError, RecordError
-from shared.files import sha256_of_file, write_atomically
+from shared.files import TEMPORARY_PREFIX, sha256_of_file, write_atomically
 from shared.fingerprint import sha256_of_text, tokenizer_fingerprint
 from shared.manifest import MANIFEST_NAME, Shard, write_manifest
 from shared.models import context_tokens, load_tokenizer
@@ -58,8 +58,7 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
     tally, largest_id = _survey(settings.data, encoder)
     engine = TransformersEngine(settings.teacher, rule, settings.temperatures)
     vocab_size: int = engine.identity["vocab_size"]
-    if max(rule.always_ids, default=0) >= vocab_size:
-        raise ConfigError(f"keep.always: id {max(rule.always_ids)} is beyond the teacher's vocabulary of {vocab_size}")
+    largest_id = max(largest_id, *rule.always_ids, 0)
     if largest_id >= vocab_size:
         raise MismatchError(
             f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {vocab_size}",
@@ -87,13 +86,13 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
 def keep_rule(settings: KeepSettings, tokenizer: Any) -> KeepRule:
     """The rule with its always-kept tokens as ids; raises ConfigError for one that the tokenizer lacks."""
     vocabulary = tokenizer.get_vocab()
-    unknown = [token for token in settings.always if isinstance(token, str) and token not in vocabulary]
+    unknown = [token for token in settings.always if token not in vocabulary]
     if unknown:
         raise ConfigError(
             f"keep.always: the tokenizer has no token {unknown[0]!r}",
             next_step="give tokens exactly as the tokenizer spells them",
         )
-    ids = {vocabulary[token] if isinstance(token, str) else token for token in settings.always}
+    ids = {vocabulary[token] for token in settings.always}
     return KeepRule(k=settings.k, min_prob=settings.min_prob, always_ids=tuple(sorted(ids)))
 
 
@@ -165,6 +164,8 @@ def _read_unit_record(output: Path, unit: int) -> UnitRecord | None:
 
 def _seal(output: Path, plan: Plan, shards: list[Shard], tokenizer: Any) -> LogitDataset:
     work = output / WORK_FOLDER
+    for leftover in (output / DATA_FOLDER).glob(f"{TEMPORARY_PREFIX}*"):  # of a run that was killed while it wrote
+        leftover.unlink()
     tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
     for path in filter(Path.is_file, (work / TOKENIZER_FOLDER).rglob("*")):
         write_atomically(output / path.relative_to(work), path.read_bytes())

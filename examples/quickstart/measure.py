@@ -33,7 +33,7 @@ def measure(folder: Path, model: str) -> dict[str, float]:
 @torch.inference_mode()
 def exact_match(model_folder: Path, records_path: Path) -> dict[str, float]:
     """Share of records whose greedy answer is right, for each manner and for both together."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     records = [json.loads(line) for line in records_path.read_text(encoding="utf-8").splitlines()]
     records.sort(key=lambda record: (record["manner"], len(record["messages"][0]["content"])))
