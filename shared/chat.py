@@ -56,10 +56,18 @@ class ChatEncoder:
                 f"tokenizer {tokenizer.name_or_path!r} has no tokenizer.json, whose character offsets give the mask",
                 next_step="convert it: AutoTokenizer.from_pretrained(...).save_pretrained(...) with a fast tokenizer",
             )
-        if not tokenizer.chat_template:
+        template = tokenizer.chat_template
+        if not isinstance(template, str) or not template:
+            number = "several chat templates" if template else "no chat template"
             raise MismatchError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template",
-                next_step="put a chat_template.jinja beside its tokenizer.json",
+                f"tokenizer {tokenizer.name_or_path!r} has {number}",
+                next_step="put one chat_template.jinja beside its tokenizer.json",
+            )
+        if "strftime_now" in template and "date_string" not in settings.chat_template_kwargs:
+            raise MismatchError(
+                f"the chat template of {tokenizer.name_or_path!r} reads the clock: the same record would give other "
+                "tokens tomorrow",
+                next_step="set data.chat_template_kwargs: {date_string: ...} to a date of your choice",
             )
         # A tokenizer.json may come with truncation or padding switched on, which would change rows in silence.
         tokenizer.backend_tokenizer.no_truncation()

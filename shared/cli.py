@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import click
 
 from shared import __version__
 from shared.config import Settings, load_settings, settings_yaml
-from shared.errors import InterruptedRunError, LogitferryError
+from shared.errors import INTERRUPTED_EXIT_CODE, LogitferryError
 
 S = TypeVar("S", bound=Settings)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -84,12 +85,22 @@ def run_command(group: click.Command) -> None:
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted\n  next: run the same command again", err=True)
-        code = InterruptedRunError.exit_code
+        code = INTERRUPTED_EXIT_CODE
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stdout = None
         code = 1
+    except ModuleNotFoundError as error:
+        click.echo(f"error: {error}\n  next: pip install 'logitferry[torch]'", err=True)
+        code = 2
     except (MemoryError, OSError) as error:
         click.echo(f"error: {type(error).__name__}: {error}", err=True)
+        code = 1
+    except Exception as error:
+        # A mistake of ours or of a library.  The traceback helps whoever mends it, not whoever meets it.
+        if os.environ.get("LOGITFERRY_TRACEBACK"):
+            raise
+        click.echo(f"error: {type(error).__name__}: {error}", err=True)
+        click.echo("  next: run again with LOGITFERRY_TRACEBACK=1 and report what it prints", err=True)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 

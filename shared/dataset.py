@@ -18,6 +18,7 @@ from shared.shards import read_sample_ids, read_shard
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FOLDER = "data"
 CARD_NAME = "README.md"
+MASS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class LogitDataset:
             "vocab_size": manifest.vocab_size,
             "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
             "chat_template_sha256": manifest.chat_template_sha256,
-            "teacher": manifest.teacher,
-            "input": manifest.input,
+            "teacher": manifest.teacher.model_dump(),
+            "input": manifest.input.model_dump(),
             "size_bytes": manifest.total("size_bytes"),
             "shards": len(manifest.shards),
         }
@@ -128,19 +129,29 @@ def verify(dataset: LogitDataset, on_shard: Callable[[], None] = lambda: None) -
             found.positions += sum(row.num_positions for row in rows)
         on_shard()
     known = {shard.path for shard in manifest.shards} | {MANIFEST_NAME, *manifest.files}
-    data_files = {path.relative_to(dataset.folder).as_posix() for path in dataset.folder.glob(f"{DATA_FOLDER}/*")}
-    found.faults += [f"{path}: is not in the manifest" for path in sorted(data_files - known)]
+    present = {path.relative_to(dataset.folder).as_posix() for path in dataset.folder.rglob("*") if not path.is_dir()}
+    found.faults += [f"{path}: is not in the manifest" for path in sorted(present - known)]
     return found
 
 
 def _row_faults(row: LogitRow, sample_ids: set[str]) -> list[str]:
-    """A repeated sample id, or a realised token whose two stored values disagree: the sign of a shifted row."""
+    """What can be told from a row alone: a repeated id, mass that does not add up, distributions of other tokens.
+
+    A realised token is either kept, and then its two values are equal, or it is part of the tail and no larger than
+    it.  Rows that are shifted by a token do not pass that.
+    """
     faults = [f"sample id {row.sample_id!r} comes twice"] if row.sample_id in sample_ids else []
     sample_ids.add(row.sample_id)
     teacher = row.teacher
-    labels_E = np.repeat(row.label_ids_P, teacher.kept_counts_P)
-    realised_E = np.repeat(teacher.realised_logp_P, teacher.kept_counts_P)
-    at = teacher.kept_ids_E == labels_E
-    if not np.array_equal(teacher.kept_logp_E[at], realised_E[at]):
-        faults.append(f"row {row.sample_id!r}: realised_logprob is not the kept log p of the realised token")
+    position_E = np.repeat(np.arange(row.num_positions), teacher.kept_counts_P)
+    is_label_E = teacher.kept_ids_E == row.label_ids_P[position_E]
+    is_kept_P = np.zeros(row.num_positions, dtype=bool)
+    is_kept_P[position_E[is_label_E]] = True
+    tail_P = teacher.tail_logsum_PT[:, 0]
+    mass_P = np.bincount(position_E, np.exp(teacher.kept_logp_E), row.num_positions) + np.exp(tail_P)
+    agrees = np.array_equal(teacher.kept_logp_E[is_label_E], teacher.realised_logp_P[is_kept_P])
+    if not agrees or np.any(teacher.realised_logp_P[~is_kept_P] > tail_P[~is_kept_P] + MASS_TOLERANCE):
+        faults.append(f"row {row.sample_id!r}: realised_logprob does not fit the distributions beside it")
+    if not np.allclose(mass_P, 1.0, atol=MASS_TOLERANCE):
+        faults.append(f"row {row.sample_id!r}: kept ids and tail do not add up to one")
     return faults

@@ -6,6 +6,8 @@ Exit codes of every command: 0 done · 1 any other failure · 2 usage or config 
 A message says what, where, expected and got; `next_step` is the command or edit to try next.
 """
 
+INTERRUPTED_EXIT_CODE = 75
+
 
 class LogitferryError(Exception):
     """Base of all errors that a user can do something about."""
@@ -23,12 +25,6 @@ class LogitferryError(Exception):
 
 class ConfigError(LogitferryError, ValueError):
     """A config file or option that cannot be used as it stands."""
-
-    exit_code = 2
-
-
-class MissingDependencyError(LogitferryError, ImportError):
-    """An optional package is needed and not installed."""
 
     exit_code = 2
 
@@ -71,12 +67,11 @@ class MismatchError(LogitferryError, ValueError):
     exit_code = 4
 
 
+class OutputError(LogitferryError, OSError):
+    """A file or folder that cannot be written: no permission, no space."""
+
+    __str__ = LogitferryError.__str__
+
+
 class NonFiniteError(LogitferryError, ArithmeticError):
     """NaN or infinite numbers where finite ones are needed."""
-
-
-class InterruptedRunError(LogitferryError, InterruptedError):
-    """SIGTERM, Ctrl-C or out of time; running the same command again goes on."""
-
-    exit_code = 75
-    __str__ = LogitferryError.__str__

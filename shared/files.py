@@ -2,14 +2,44 @@
 
 import hashlib
 import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from shared.errors import ConfigError, OutputError
 
 HASH_BLOCK_BYTES = 1 << 22
 TEMPORARY_PREFIX = ".writing-"
 
 
+def claim_folder(folder: Path, ours: Sequence[str]) -> None:
+    """Make an output folder, or take one that holds one of `ours`; found out before any work, not after it.
+
+    Raises:
+        ConfigError: the folder holds other things, which would be overwritten.
+        OutputError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
+            raise ConfigError(
+                f"output {folder} is not empty and holds none of {', '.join(ours)}: it is not ours to write to",
+                next_step="give another `output`",
+            )
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise ConfigError(f"output {folder} is a file, not a folder", next_step="give another `output`") from None
+    except OSError as error:
+        raise OutputError(
+            f"output {folder} cannot be written: {error.strerror}", next_step="mend the folder's permissions or space"
+        ) from None
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write `data` so that `path` never shows a part of it, also across a power cut.
+
+    Raises OutputError where the disk is full or not writable; what was there before stays.
 
     A crash leaves at most a file with TEMPORARY_PREFIX beside `path`; nothing reads those.
     """
@@ -21,10 +51,25 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror}", next_step="make room, then run the same command again"
+            ) from error
         raise
     sync_folder(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file below `folder`, written by someone else, durable."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

@@ -50,7 +50,7 @@ def verify_command(dataset: str, as_json: bool) -> None:
 
 def _info_lines(dataset: str, info: dict[str, Any]) -> list[str]:
     teacher, keep = info["teacher"], info["keep"]
-    revision = teacher.get("revision") or teacher.get("weights_sha256", "")[:16]
+    revision = teacher["revision"] or (teacher["weights_sha256"] or "")[:16]
     dropped = {name: count for name, count in info["input"]["tally"].items() if name.startswith("dropped") and count}
     return [
         f"{dataset}: format version {info['format_version']}, {info['shards']} shards, {info['size_bytes']:,} bytes",

@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from shared import __version__
 from shared.config import Settings
-from shared.errors import DamagedDataError, UnknownVersionError, UnsealedDatasetError
+from shared.errors import ConfigError, DamagedDataError, UnknownVersionError, UnsealedDatasetError
 from shared.files import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 100.0  # with at most three decimals, so that each names a column
 
 
 class Shard(Settings):
@@ -37,26 +38,65 @@ class Shard(Settings):
     """Σ over positions of KL(exact ‖ stored) over kept ids and tail, T = 1."""
 
 
+class Teacher(Settings):
+    """What makes the very model recognisable: Hub commit, or digests of its config and weights."""
+
+    name: str
+    architecture: str
+    dtype: str
+    vocab_size: int
+    revision: str | None = None
+    config_sha256: str | None = None
+    weights_sha256: str | None = None
+
+
+class InputFile(Settings):
+    name: str
+    sha256: str
+
+
+class Input(Settings):
+    """The text files with their digests, how they were read, and what became of their records."""
+
+    files: list[InputFile]
+    settings: dict[str, Any]
+    tally: dict[str, int]
+
+
 class Manifest(Settings):
     format_version: int
     created_by: str = f"logitferry {__version__}"
-    teacher: dict[str, Any]
-    """Name, architecture, dtype, vocab_size, and Hub revision or digests of config and weights."""
+    teacher: Teacher
     vocab_size: int = Field(ge=1, le=1 << 24)
     """V: every id is below it."""
     tokenizer_fingerprint: str
     chat_template_sha256: str
     keep: dict[str, Any]
     temperatures: list[float] = Field(min_length=1)
-    input: dict[str, Any]
-    """The text files with their digests, how they were read, and what was dropped."""
+    input: Input
     shards: list[Shard]
     files: dict[str, str]
     """sha256 of every other file of the dataset (card, tokenizer), by its path."""
 
+    @field_validator("temperatures")
+    @classmethod
+    def _one_first(cls, temperatures: list[float]) -> list[float]:
+        if (
+            temperatures[0] != 1.0
+            or len(set(temperatures)) < len(temperatures)
+            or not all(map(is_temperature, temperatures))
+        ):
+            raise ValueError(f"temperatures are 1 and then others, each once, got {temperatures}")
+        return temperatures
+
     def total(self, name: str) -> Any:
         """Sum of one field over the shards."""
         return sum(getattr(shard, name) for shard in self.shards)
+
+
+def is_temperature(temperature: float) -> bool:
+    """Can it be declared?"""
+    return MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE and round(temperature, 3) == temperature
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -68,15 +108,21 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a sealed dataset.
 
     Raises:
+        ConfigError: there is no such folder.
         UnsealedDatasetError: the folder has none.
         UnknownVersionError: it is of a format version that this release does not read.
         DamagedDataError: it is not a manifest.
     """
     path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise ConfigError(
+            f"dataset {folder} " + ("is a file, not a folder" if folder.exists() else "does not exist"),
+            next_step="check the path; a dataset is the folder that holds manifest.json",
+        )
     if not path.is_file():
         raise UnsealedDatasetError(
-            f"{folder} is no sealed dataset: it " + ("has no manifest.json" if folder.is_dir() else "does not exist"),
-            next_step="finish the dump: run the same `teacher-dump run` again" if folder.is_dir() else "check the path",
+            f"{folder} is no sealed dataset: it has no manifest.json",
+            next_step="finish the dump: run the same `teacher-dump run` again",
         )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise DamagedDataError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")

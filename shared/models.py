@@ -7,6 +7,8 @@ with the model's own forward pass on a few tokens and refuses a model where they
 Shapes: N rows of hidden states, D hidden size, V = config.vocab_size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from shared.errors import ConfigError, MismatchError
 from shared.files import sha256_of_file
 from shared.fingerprint import sha256_of_json
+from shared.manifest import Teacher
 from shared.models_config import ModelSettings
 
 PROBE_TOKENS = 8
@@ -25,7 +28,7 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class OutputHead:
-    """From hidden states to logits: softcap(hidden @ weightᵀ + bias) · scale.
+    """From hidden states to logits: softcap(scale · (hidden @ weightᵀ + bias)).
 
     `softcap` is Gemma's c · tanh(z / c); `scale` is Cohere's logit_scale or the inverse of Granite's logits_scaling.
     """
@@ -56,24 +59,19 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         ConfigError: there is none at that place.
     """
     name = settings.tokenizer or settings.model
-    _require_plausible_path(name)
-    try:
+    revision = settings.revision if settings.tokenizer is None else None  # a revision of the model's repository
+    with _foreign_errors("tokenizer", name):
         return transformers.AutoTokenizer.from_pretrained(
-            name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            name, revision=revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"no tokenizer can be loaded from {name!r}: {_first_line(error)}") from error
 
 
 def context_tokens(settings: ModelSettings) -> int | None:
     """The longest row that the model takes, from its config alone; None where it states no limit."""
-    _require_plausible_path(settings.model)
-    try:
+    with _foreign_errors("config", settings.model):
         config = transformers.AutoConfig.from_pretrained(
             settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"no model can be loaded from {settings.model!r}: {_first_line(error)}") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -84,8 +82,7 @@ def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: tor
         ConfigError: no such model, or one that needs remote code.
         MismatchError: weights are missing or have other shapes; transformers alone would fill them with noise.
     """
-    _require_plausible_path(settings.model)
-    try:
+    with _foreign_errors("model", settings.model):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             settings.model,
             revision=settings.revision,
@@ -94,9 +91,7 @@ def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: tor
             use_safetensors=True,
             output_loading_info=True,
         )
-        model, report = loaded
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"no model can be loaded from {settings.model!r}: {_first_line(error)}") from error
+    model, report = loaded
     lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if lacking:
         raise MismatchError(
@@ -106,10 +101,10 @@ def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: tor
     return model.to(device)
 
 
-def model_identity(settings: ModelSettings, model: Any) -> dict[str, Any]:
+def model_identity(settings: ModelSettings, model: Any) -> Teacher:
     """What makes this very model recognisable: Hub commit, or digests of its config and weights."""
     config = model.config
-    identity = {
+    identity: dict[str, Any] = {
         "name": settings.model,
         "architecture": type(model).__name__,
         "vocab_size": config.get_text_config().vocab_size,
@@ -117,12 +112,11 @@ def model_identity(settings: ModelSettings, model: Any) -> dict[str, Any]:
     }
     folder = Path(settings.model)
     if not folder.is_dir():
-        return identity | {"revision": getattr(config, "_commit_hash", None) or settings.revision}
+        return Teacher(**identity, revision=getattr(config, "_commit_hash", None) or settings.revision)
     weights = {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    return identity | {
-        "config_sha256": sha256_of_file(folder / "config.json"),
-        "weights_sha256": sha256_of_json(weights),
-    }
+    return Teacher(
+        **identity, config_sha256=sha256_of_file(folder / "config.json"), weights_sha256=sha256_of_json(weights)
+    )
 
 
 def split_model(model: Any) -> tuple[nn.Module, OutputHead]:
@@ -133,18 +127,26 @@ def split_model(model: Any) -> tuple[nn.Module, OutputHead]:
     """
     body, head = model.base_model, output_head(model)
     probe = torch.arange(PROBE_TOKENS, device=head.weight_VD.device)[None] % head.vocab_size
+    hidden: list[Tensor] = []
+    hook = body.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.last_hidden_state))
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        expected = model(input_ids=probe).logits.float()
-        got = head.logits(body(input_ids=probe).last_hidden_state)
-    model.train(was_training)
-    tolerance = 64 * torch.finfo(head.weight_VD.dtype).eps * max(1.0, float(expected.abs().max()))
-    if expected.shape != got.shape or not float((expected - got).abs().max()) <= tolerance:
+    try:
+        with torch.no_grad():
+            expected = model(input_ids=probe).logits.float()
+            got = head.logits(hidden[0]) if hidden else expected.new_zeros(0)
+    finally:
+        hook.remove()
+        model.train(was_training)
+    # As a whole, not number by number: rounding averages out, a factor of 0.99 does not.
+    tolerance = max(1e-5, torch.finfo(head.weight_VD.dtype).eps)
+    same_shape = expected.shape == got.shape
+    difference = float((expected - got).norm() / expected.norm()) if same_shape else float("inf")
+    if not difference <= tolerance:
         raise MismatchError(
-            f"{type(model).__name__} does more between its hidden states and its logits than a matrix, a bias, "
-            f"a softcap and a scale; logits of {tuple(expected.shape)} and {tuple(got.shape)} differ by more than "
-            f"{tolerance:.1e}",
+            f"{type(model).__name__} does more between its hidden states and its logits than a matrix, a bias, a scale "
+            f"and a softcap: by hand {tuple(got.shape)}, its own {tuple(expected.shape)}, relative difference "
+            f"{difference:.1e} where rounding explains {tolerance:.1e}",
             next_step="this architecture is not supported yet; please report it with its config.json",
         )
     return body, head
@@ -165,13 +167,19 @@ def output_head(model: Any) -> OutputHead:
     )
 
 
-def _require_plausible_path(name: str) -> None:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
+@contextmanager
+def _foreign_errors(what: str, name: str) -> Iterator[None]:
+    """transformers and safetensors raise all kinds of exceptions for files they cannot use; ours says where."""
+    is_folder = Path(name).is_dir()
+    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ConfigError(
             f"model folder {name} does not exist", next_step="check the path, or give a Hub name owner/model"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = name if is_folder else f"{name}, of which there is no folder here, from the Hub"
+        raise ConfigError(
+            f"no {what} can be loaded from {where}: {reason}", next_step="check the path and the files in it"
+        ) from error

@@ -6,13 +6,14 @@ survives moving, splitting or reordering the files.  The n-th repeat of one cont
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from shared.config import Settings
 from shared.errors import ConfigError, RecordError
@@ -38,7 +39,7 @@ class TextSettings(Settings):
     """System turn to put before prompt and response."""
     chat_template_kwargs: dict[str, Any] = {}
     """Extra variables for the tokenizer's chat template, e.g. {enable_thinking: false}."""
-    max_tokens: int | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
     """Longest row; longer ones are an error or dropped, as `on_too_long` says."""
     on_too_long: str = "error"
     """error | drop (dropped rows are counted in the log and the manifest)"""
@@ -51,6 +52,14 @@ class TextSettings(Settings):
             raise ValueError("prompt_field and response_field go together")
         if self.system is not None and self.prompt_field is None:
             raise ValueError("system goes with prompt_field and response_field; messages carry their own")
+        reserved = {
+            "tokenize",
+            "add_generation_prompt",
+            "conversation",
+            "return_tensors",
+        } & self.chat_template_kwargs.keys()
+        if reserved:
+            raise ValueError(f"chat_template_kwargs cannot hold {', '.join(sorted(reserved))}")
         if self.on_too_long not in ("error", "drop"):
             raise ValueError(f"on_too_long is error or drop, got {self.on_too_long!r}")
         return self
@@ -96,6 +105,12 @@ def content_id(messages: list[dict[str, Any]]) -> str:
     """A sample id from what was said alone."""
     canonical = json.dumps(messages, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:CONTENT_ID_DIGITS]
+
+
+def first_of_repeats(sample_id: str) -> str:
+    """The id of the first record of the same content; a record's own id is its own, whatever it looks like."""
+    repeat = re.fullmatch(rf"([0-9a-f]{{{CONTENT_ID_DIGITS}}})#[0-9]+", sample_id)
+    return repeat[1] if repeat else sample_id
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

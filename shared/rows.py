@@ -81,6 +81,29 @@ class Positions:
             **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Positions)}
         )
 
+    def folded(self, vocab_size: int, temperatures: Sequence[float]) -> "Positions":
+        """Without the kept ids from `vocab_size` on: their mass moves to the tail, exactly, at every temperature.
+
+        For a student whose vocabulary has less padding than the teacher's.
+        """
+        gone_E = self.kept_ids_E >= vocab_size
+        if not gone_E.any():
+            return self
+        position_E = np.repeat(np.arange(self.num_positions), self.kept_counts_P)
+        tail_PT = self.tail_logsum_PT.astype(np.float64)
+        for j, temperature in enumerate(temperatures):
+            np.logaddexp.at(
+                tail_PT[:, j], position_E[gone_E], self.kept_logp_E[gone_E].astype(np.float64) / temperature
+            )
+        return Positions(
+            kept_counts_P=np.bincount(position_E[~gone_E], minlength=self.num_positions).astype(np.int32),
+            kept_ids_E=self.kept_ids_E[~gone_E],
+            kept_logp_E=self.kept_logp_E[~gone_E],
+            realised_logp_P=self.realised_logp_P,
+            entropy_P=self.entropy_P,
+            tail_logsum_PT=tail_PT.astype(np.float32),
+        )
+
     def split(self, num_positions: Sequence[int]) -> "list[Positions]":
         """Cut into runs of so many positions, in order; views, not copies."""
         ends_P = np.concatenate([[0], np.cumsum(self.kept_counts_P, dtype=np.int64)])

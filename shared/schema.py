@@ -98,6 +98,8 @@ def table_to_rows(table: pa.Table, temperatures: Sequence[float], vocab_size: in
     for index, positions in enumerate(teacher.split(np.diff(position_offsets).tolist())):
         tokens = slice(token_offsets[index], token_offsets[index + 1])
         sample_id = column["sample_id"][index].as_py()
+        if not positions.num_positions:
+            raise DamagedDataError(f"{where}:{index}: row {sample_id!r} has no supervised token")
         try:
             row = LogitRow(
                 sample_id=sample_id,

@@ -8,6 +8,7 @@ checks Parquet's page checksums as well: neither alone catches every flipped bit
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -54,15 +55,22 @@ def encode_shard(
         path=path,
         sha256=sha256(data),
         size_bytes=data.size,
-        rows=len(rows),
-        tokens=sum(row.num_tokens for row in rows),
-        longest_row=max((row.num_tokens for row in rows), default=0),
-        positions=num_positions,
-        kept=int(exact.kept_counts_P.sum()),
-        kept_mass=float(np.exp(exact.kept_logp_E, dtype=np.float64).sum()),
         teacher_bytes=_teacher_bytes(metadata),
         kl_nats=float(storage_kl(exact, decoded).sum()),
+        **shard_sums(rows),
     )
+
+
+def shard_sums(rows: Sequence[LogitRow]) -> dict[str, Any]:
+    """The manifest's sums over a shard that follow from its rows."""
+    return {
+        "rows": len(rows),
+        "tokens": sum(row.num_tokens for row in rows),
+        "longest_row": max((row.num_tokens for row in rows), default=0),
+        "positions": sum(row.num_positions for row in rows),
+        "kept": sum(len(row.teacher.kept_ids_E) for row in rows),
+        "kept_mass": float(sum(np.exp(row.teacher.kept_logp_E, dtype=np.float64).sum() for row in rows)),
+    }
 
 
 def read_shard(folder: Path, shard: Shard, temperatures: Sequence[float], vocab_size: int) -> list[LogitRow]:
@@ -73,22 +81,26 @@ def read_shard(folder: Path, shard: Shard, temperatures: Sequence[float], vocab_
     """
     path = folder / shard.path
     try:
+        size_bytes = path.stat().st_size
+        if size_bytes != shard.size_bytes or not path.resolve().is_relative_to(folder.resolve()):
+            raise DamagedDataError(
+                f"{path}: damaged: expected {shard.size_bytes} bytes inside the dataset, got {size_bytes}",
+                next_step=REPAIR.format(folder),
+            )
         data = pa.py_buffer(path.read_bytes())
+    except DamagedDataError:
+        raise
     except OSError as error:
         raise DamagedDataError(f"{path}: cannot be read: {error}", next_step=REPAIR.format(folder)) from None
-    if data.size != shard.size_bytes or sha256(data) != shard.sha256:
+    if sha256(data) != shard.sha256:
         raise DamagedDataError(
-            f"{path}: damaged: expected {shard.size_bytes} bytes with sha256 {shard.sha256[:16]}…, "
-            f"got {data.size} bytes with {sha256(data)[:16]}…",
+            f"{path}: damaged: expected sha256 {shard.sha256[:16]}…, got {sha256(data)[:16]}…",
             next_step=REPAIR.format(folder),
         )
     rows = decode_shard(data, temperatures, vocab_size, str(path))
-    counts = (len(rows), sum(row.num_tokens for row in rows), sum(row.num_positions for row in rows))
-    if counts != (shard.rows, shard.tokens, shard.positions):
-        raise DamagedDataError(
-            f"{path}: the manifest says {(shard.rows, shard.tokens, shard.positions)} rows, tokens and positions, "
-            f"the file holds {counts}"
-        )
+    for name, value in shard_sums(rows).items():
+        if not np.isclose(value, getattr(shard, name), rtol=1e-9):
+            raise DamagedDataError(f"{path}: the manifest says {name} {getattr(shard, name)}, the file holds {value}")
     return rows
 
 

@@ -1,12 +1,14 @@
 """The config of `student-train`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from shared.config import Settings
 from shared.models_config import ModelSettings
 from shared.records import TextSettings
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class StudentSettings(ModelSettings):
@@ -57,7 +59,7 @@ class OptimizerSettings(Settings):
     """AdamW with linear warm-up and a cosine down to `min_lr_ratio`."""
 
     learning_rate: float = Field(default=1e-5, gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0.0)
     """On matrices alone."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -84,7 +86,7 @@ class TrainSettings(Settings):
     """Shards whose rows are shuffled among each other; so many are in memory at once."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between looks at the held-out rows; always at the start and the end."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     device: str = "auto"
 
     @model_validator(mode="after")

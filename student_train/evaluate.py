@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from student_train.loss import Objective
-from student_train.sources import DatasetSource
 from student_train.stream import Stream
 from student_train.student import Student
 
@@ -24,16 +23,14 @@ class HeldOutMeans:
 @torch.no_grad()
 def evaluate(student: Student, stream: Stream) -> HeldOutMeans:
     """Every row of the stream once, in the order of its source; the mode of the model is left as it was."""
-    has_teacher = isinstance(stream.source, DatasetSource)
+    temperatures = list(stream.source.temperatures)
+    tail_index = temperatures.index(1.0) if temperatures else None
     positions, ce, kl = 0, 0.0, 0.0
     was_training = student.model.training
     student.model.eval()
     for rows in stream.in_order(EVALUATE_ROWS):
         positions += sum(row.num_positions for row in rows)
-        # T = 1 is always the first of the declared temperatures.
-        for sums in student.losses(
-            rows, Objective(kd_weight=0.0), tail_index=0 if has_teacher else None, denominator=1.0
-        ):
+        for sums in student.losses(rows, Objective(kd_weight=0.0), tail_index=tail_index, denominator=1.0):
             ce, kl = ce + float(sums.ce), kl + float(sums.kl)
     student.model.train(was_training)
-    return HeldOutMeans(positions=positions, ce=ce / positions, kl=kl / positions if has_teacher else None)
+    return HeldOutMeans(positions=positions, ce=ce / positions, kl=None if tail_index is None else kl / positions)

@@ -4,17 +4,17 @@ Rows lie in blocks: the shards of a dataset, or equally long runs of text record
 can be checked before training starts: tokenizer, vocabulary, context, and that there are rows.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
 from shared.chat import ChatEncoder, Tally
 from shared.dataset import LogitDataset
-from shared.errors import MismatchError, RecordError
+from shared.errors import DamagedDataError, MismatchError, RecordError
 from shared.fingerprint import require_same_tokenizer
 from shared.records import read_records
 from shared.rows import Row
@@ -29,30 +29,59 @@ class Source(Protocol):
     @property
     def sample_ids(self) -> Sequence[Sequence[str]]: ...
 
+    @property
+    def temperatures(self) -> Sequence[float]:
+        """Those that the teacher's tail is known at; none where there is no teacher."""
+        ...
+
     def read_block(self, index: int) -> Sequence[Row]: ...
+
+    def identity(self) -> dict[str, Any]:
+        """What a run trained on, for its record."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSource:
-    """A sealed dataset; a block is a shard, and is verified whenever it is read."""
+    """A sealed dataset; a block is a shard, and is verified whenever it is read.
+
+    `vocab_size` is the student's.  Models of one tokenizer are padded to unlike sizes: what the teacher kept beyond
+    the student's vocabulary goes to the tail, and what the student has beyond the teacher's is in its tail anyway.
+    """
 
     dataset: LogitDataset
     sample_ids: list[list[str]]
+    vocab_size: int
+
+    @property
+    def temperatures(self) -> list[float]:
+        return self.dataset.manifest.temperatures
 
     def read_block(self, index: int) -> Sequence[Row]:
-        return self.dataset.read_shard(index)
+        rows = self.dataset.read_shard(index)
+        if self.vocab_size >= self.dataset.manifest.vocab_size:
+            return rows
+        return [replace(row, teacher=row.teacher.folded(self.vocab_size, self.temperatures)) for row in rows]
+
+    def identity(self) -> dict[str, Any]:
+        return {"dataset": str(self.dataset.folder), "manifest_sha256": self.dataset.identity()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
     """Text files, tokenized once and held in memory."""
 
+    files: list[str]
     blocks: list[list[Row]]
     sample_ids: list[list[str]]
     tally: Tally
+    temperatures: tuple[float, ...] = ()
 
     def read_block(self, index: int) -> Sequence[Row]:
         return self.blocks[index]
+
+    def identity(self) -> dict[str, Any]:
+        return {"files": self.files, "tally": asdict(self.tally)}
 
 
 def open_source(settings: DataSettings, tokenizer: Any, *, vocab_size: int, context_tokens: int | None) -> Source:
@@ -72,7 +101,12 @@ def open_source(settings: DataSettings, tokenizer: Any, *, vocab_size: int, cont
         blocks.append(list(encoder.rows(batch, tally)))
     if not tally.rows:
         raise RecordError(f"{', '.join(settings.text.files)}: none of {tally.records} records gives a row")
-    return TextSource(blocks=blocks, sample_ids=[[row.sample_id for row in block] for block in blocks], tally=tally)
+    return TextSource(
+        files=settings.text.files,
+        blocks=blocks,
+        sample_ids=[[row.sample_id for row in block] for block in blocks],
+        tally=tally,
+    )
 
 
 def _open_dataset(folder: str, tokenizer: Tokenizer, vocab_size: int, context_tokens: int | None) -> DatasetSource:
@@ -80,24 +114,20 @@ def _open_dataset(folder: str, tokenizer: Tokenizer, vocab_size: int, context_to
     require_same_tokenizer(
         dataset.tokenizer(), tokenizer, expected_name=f"the dataset {folder}", got_name="the student"
     )
-    if dataset.manifest.vocab_size != vocab_size:
+    num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+    if vocab_size < num_tokens:
         raise MismatchError(
-            f"the teacher's vocabulary has {dataset.manifest.vocab_size} ids (config.vocab_size), the student's "
-            f"{vocab_size}; the tokenizers agree, so one of the two is padded",
-            next_step=f"resize the student: model.resize_token_embeddings({dataset.manifest.vocab_size})",
+            f"the tokenizer has {num_tokens} tokens, but the student's vocabulary ends at {vocab_size}",
+            next_step=f"resize the student: model.resize_token_embeddings({num_tokens})",
         )
+    sample_ids = dataset.sample_ids()
+    repeated = [name for name, count in Counter(chain(*sample_ids)).items() if count > 1]
+    if repeated:
+        raise DamagedDataError(f"{folder}: {len(repeated)} sample ids come more than once, first {repeated[0]!r}")
     longest = max((shard.longest_row for shard in dataset.manifest.shards), default=0)
     if context_tokens is not None and longest > context_tokens:
         raise MismatchError(
             f"the student's context is {context_tokens}, but {folder} has a row of {longest} tokens",
             next_step=f"dump again with data.max_tokens: {context_tokens}, or take a student with a longer context",
         )
-    return DatasetSource(dataset=dataset, sample_ids=dataset.sample_ids())
-
-
-def source_identity(source: Source, settings: DataSettings) -> dict[str, Any]:
-    """What the run trained on, for its record."""
-    if isinstance(source, DatasetSource):
-        return {"dataset": settings.dataset, "manifest_sha256": source.dataset.identity()}
-    assert settings.text is not None
-    return {"files": [str(Path(name)) for name in settings.text.files], "rows": sum(map(len, source.sample_ids))}
+    return DatasetSource(dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size)

@@ -1,8 +1,8 @@
 """The student's stream: which rows come at which step is a pure function of (rows, seed), and nothing else.
 
 An epoch permutes the blocks of the source, takes `shuffle_blocks` of them at a time and shuffles their rows together.
-So memory is bounded by that many blocks, every row comes exactly once an epoch, and a dataset and the text it was
-made from give the same order.
+So memory is bounded by that many blocks, and every row comes exactly once an epoch.  Text and the dataset made from it
+give the same order where their blocks are the same: a dump's `unit_records` is 512 by default, and so is a text's.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from itertools import islice
 import numpy as np
 
 from shared.errors import ConfigError
+from shared.records import first_of_repeats
 from shared.rows import Row
 from student_train.sources import Source
 
@@ -20,9 +21,9 @@ from student_train.sources import Source
 def is_held_out(sample_id: str, fraction: float) -> bool:
     """A hash of the sample id alone: the same rows on every machine, whatever else is in the data.
 
-    Repeats of one content (`id#2`, `id#3`) land on the side of the first.
+    Repeats of one content land on the side of the first.
     """
-    digest = hashlib.sha256(sample_id.partition("#")[0].encode()).digest()
+    digest = hashlib.sha256(first_of_repeats(sample_id).encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

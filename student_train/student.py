@@ -9,7 +9,7 @@ import torch
 
 from shared.batching import PaddedBatch, batches_by_length
 from shared.device import pick_dtype
-from shared.files import sync_folder
+from shared.files import sync_folder, sync_tree
 from shared.models import context_tokens, load_model, load_tokenizer, output_head, split_model
 from shared.rows import Row
 from student_train.collate import targets_of
@@ -68,5 +68,6 @@ class Student:
         shutil.rmtree(aside, ignore_errors=True)
         self.model.save_pretrained(aside)
         self.tokenizer.save_pretrained(aside)
+        sync_tree(aside)
         aside.rename(folder)
         sync_folder(folder.parent)

@@ -5,6 +5,7 @@ the supervised tokens of the whole step, so the gradient does not depend on how 
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,13 +19,13 @@ from torch import nn
 from shared.config import settings_yaml
 from shared.device import pick_device
 from shared.errors import ConfigError, MismatchError, NonFiniteError
-from shared.files import write_atomically
+from shared.files import claim_folder, write_atomically
 from shared.progress import progress
 from shared.rows import Row
 from student_train.config import OptimizerSettings, TrainSettings
 from student_train.evaluate import HeldOutMeans, evaluate
 from student_train.loss import Objective
-from student_train.sources import DatasetSource, Source, source_identity
+from student_train.sources import Source
 from student_train.stream import Stream, is_held_out
 from student_train.student import Student
 
@@ -40,6 +41,7 @@ class Trainer:
     def __init__(self, settings: TrainSettings) -> None:
         self._settings = settings
         self._output = Path(settings.output)
+        claim_folder(self._output, [CONFIG_NAME])
         if (self._output / MODEL_FOLDER).exists():
             raise ConfigError(
                 f"{self._output / MODEL_FOLDER} exists: this run is finished",
@@ -59,7 +61,16 @@ class Trainer:
         self._training = self._stream(source, lambda sample_id: not is_held_out(sample_id, fraction))
         self._held_out = self._open_held_out(source)
         rows_per_epoch = self._training.num_rows
-        self._steps = settings.steps or max(1, round((settings.epochs or 0) * rows_per_epoch / settings.rows_per_step))
+        if settings.rows_per_step > rows_per_epoch:
+            raise ConfigError(
+                f"rows_per_step is {settings.rows_per_step}, but there are {rows_per_epoch} rows to train on"
+            )
+        # Rounded up, so that every row is seen; the last step of an epoch is filled from the next.
+        self._steps = settings.steps or math.ceil((settings.epochs or 0) * rows_per_epoch / settings.rows_per_step)
+        if settings.optimizer.warmup_steps >= self._steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, but there are {self._steps} steps"
+            )
         self._optimizer = make_optimizer(self.student.model, settings.optimizer)
         self._schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
             self._optimizer,
@@ -102,7 +113,7 @@ class Trainer:
             "rows_per_epoch": self._training.num_rows,
             "seconds": round(time.monotonic() - begin_s, 3),
             "held_out": asdict(means) if means else None,
-            "data": source_identity(self._training.source, settings.data),
+            "data": self._training.source.identity(),
             "model": str(self._output / MODEL_FOLDER),
         }
         write_atomically(self._output / RUN_NAME, json.dumps(result, indent=1).encode())
@@ -157,9 +168,8 @@ class Trainer:
 
 
 def _find_tail(source: Source, temperature: float) -> int:
-    """The place of the temperature among those that the dataset declares; raises MismatchError for another."""
-    assert isinstance(source, DatasetSource), "the config asks for a dataset where kd_weight is above 0"
-    declared = source.dataset.manifest.temperatures
+    """The place of the temperature among those that the source declares; raises MismatchError for another."""
+    declared = list(source.temperatures)
     if temperature not in declared:
         raise MismatchError(
             f"loss.temperature {temperature:g} is not among the dataset's {declared}; its tail is not known",

@@ -6,7 +6,7 @@ from shared.manifest import Manifest
 def dataset_card(manifest: Manifest) -> str:
     teacher, keep = manifest.teacher, manifest.keep
     positions = manifest.total("positions")
-    sources = "\n".join(f"- `{file['name']}`, sha256 `{file['sha256']}`" for file in manifest.input["files"])
+    sources = "\n".join(f"- `{file.name}`, sha256 `{file.sha256}`" for file in manifest.input.files)
     return f"""---
 configs:
 - config_name: default
@@ -15,10 +15,10 @@ tags:
 - knowledge-distillation
 - logits
 ---
-# Log-probabilities of {teacher["name"]}
+# Log-probabilities of {teacher.name}
 
 Made by {manifest.created_by}, format version {manifest.format_version}.  One row is one sequence; for every
-supervised token it holds what the teacher `{teacher["name"]}` ({teacher["architecture"]}) predicted there.
+supervised token it holds what the teacher `{teacher.name}` ({teacher.architecture}) predicted there.
 
 | | |
 |---|---|

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from shared.config import Settings
+from shared.manifest import is_temperature
 from shared.models_config import ModelSettings
 from shared.records import TextSettings
 
@@ -47,6 +48,6 @@ class DumpSettings(Settings):
     @field_validator("temperatures")
     @classmethod
     def _one_first(cls, temperatures: list[float]) -> list[float]:
-        if any(not 0.05 <= temperature <= 100 for temperature in temperatures):
-            raise ValueError("temperatures lie between 0.05 and 100")
+        if not all(map(is_temperature, temperatures)):
+            raise ValueError("temperatures lie between 0.05 and 100 and have at most three decimals")
         return [1.0, *sorted(set(temperatures) - {1.0})]

@@ -19,9 +19,9 @@ from shared.chat import ChatEncoder, Tally
 from shared.config import Settings
 from shared.dataset import CARD_NAME, DATA_FOLDER, TOKENIZER_FOLDER, LogitDataset
 from shared.errors import ConfigError, MismatchError, RecordError
-from shared.files import TEMPORARY_PREFIX, sha256_of_file, write_atomically
+from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_file, write_atomically
 from shared.fingerprint import sha256_of_text, tokenizer_fingerprint
-from shared.manifest import MANIFEST_NAME, Shard, write_manifest
+from shared.manifest import MANIFEST_NAME, Input, InputFile, Shard, write_manifest
 from shared.models import context_tokens, load_tokenizer
 from shared.progress import progress
 from shared.records import Record, TextSettings, read_records
@@ -33,7 +33,7 @@ from teacher_dump.keep import KeepRule
 from teacher_dump.plan import Plan, commit_plan
 from teacher_dump.transformers_engine import TransformersEngine
 
-WORK_FOLDER = "work"
+WORK_FOLDER = ".logitferry"
 
 
 class UnitRecord(Settings):
@@ -52,12 +52,14 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
         NonFiniteError: the teacher's logits are not numbers.
     """
     output = Path(settings.output)
+    claim_folder(output, [MANIFEST_NAME, WORK_FOLDER])
+    (output / WORK_FOLDER).mkdir(exist_ok=True)
     tokenizer = load_tokenizer(settings.teacher)
     rule = keep_rule(settings.keep, tokenizer)
     encoder = ChatEncoder(tokenizer, settings.data, context_tokens=context_tokens(settings.teacher))
     tally, largest_id = _survey(settings.data, encoder)
     engine = TransformersEngine(settings.teacher, rule, settings.temperatures)
-    vocab_size: int = engine.identity["vocab_size"]
+    vocab_size = engine.identity.vocab_size
     largest_id = max(largest_id, *rule.always_ids, 0)
     if largest_id >= vocab_size:
         raise MismatchError(
@@ -77,9 +79,15 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
     if (output / MANIFEST_NAME).is_file():
         sealed = LogitDataset.open(output)
         plan.require_same(sealed.manifest.model_dump(mode="json"), output / MANIFEST_NAME)
+        shutil.rmtree(output / WORK_FOLDER)
         return sealed
     commit_plan(plan, output / WORK_FOLDER)
     shards = [shard for shard in _dump_units(plan, settings, encoder, engine) if shard is not None]
+    if _input_identity(settings.data, tally) != plan.input:
+        raise MismatchError(
+            f"{', '.join(settings.data.files)} changed while they were read: the dump is of neither version",
+            next_step=f"remove {output} and dump again from files that stay as they are",
+        )
     return _seal(output, plan, shards, tokenizer)
 
 
@@ -109,9 +117,9 @@ def _survey(settings: TextSettings, encoder: ChatEncoder) -> tuple[Tally, int]:
     return tally, largest_id
 
 
-def _input_identity(settings: TextSettings, tally: Tally) -> dict[str, Any]:
-    files = [{"name": Path(name).name, "sha256": sha256_of_file(Path(name))} for name in settings.files]
-    return {"files": files, "settings": settings.model_dump(mode="json", exclude={"files"}), "tally": asdict(tally)}
+def _input_identity(settings: TextSettings, tally: Tally) -> Input:
+    files = [InputFile(name=Path(name).name, sha256=sha256_of_file(Path(name))) for name in settings.files]
+    return Input(files=files, settings=settings.model_dump(mode="json", exclude={"files"}), tally=asdict(tally))
 
 
 def _dump_units(
@@ -120,7 +128,7 @@ def _dump_units(
     """The shard of every unit in order, dumped now or found done; None for a unit all of whose rows were dropped."""
     output = Path(settings.output)
     records = read_records(settings.data)
-    with progress("dump", plan.input["tally"]["records"], "records") as ticker:
+    with progress("dump", plan.input.tally["records"], "records") as ticker:
         for unit in range(plan.num_units):
             batch = list(islice(records, plan.unit_records))
             done = _read_unit_record(output, unit)
@@ -173,5 +181,5 @@ def _seal(output: Path, plan: Plan, shards: list[Shard], tokenizer: Any) -> Logi
     paths = [output / CARD_NAME, *sorted((output / TOKENIZER_FOLDER).rglob("*"))]
     files = {path.relative_to(output).as_posix(): sha256_of_file(path) for path in paths if path.is_file()}
     write_manifest(output, plan.manifest(shards, files))
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work)
     return LogitDataset.open(output)

@@ -7,7 +7,7 @@ from typing import Any
 from shared.config import Settings
 from shared.errors import DamagedDataError, MismatchError
 from shared.files import write_atomically
-from shared.manifest import Manifest, Shard
+from shared.manifest import FORMAT_VERSION, Input, Manifest, Shard, Teacher
 
 PLAN_NAME = "plan.json"
 
@@ -15,22 +15,22 @@ PLAN_NAME = "plan.json"
 class Plan(Settings):
     """Written once before the first unit.  Its fields become the head of the manifest."""
 
-    teacher: dict[str, Any]
+    teacher: Teacher
     vocab_size: int
     tokenizer_fingerprint: str
     chat_template_sha256: str
     keep: dict[str, Any]
     temperatures: list[float]
-    input: dict[str, Any]
+    input: Input
     unit_records: int
 
     @property
     def num_units(self) -> int:
-        return -(-self.input["tally"]["records"] // self.unit_records)
+        return -(-self.input.tally["records"] // self.unit_records)
 
     def manifest(self, shards: list[Shard], files: dict[str, str]) -> Manifest:
         head = self.model_dump(exclude={"unit_records"})
-        return Manifest(format_version=1, shards=shards, files=files, **head)
+        return Manifest(format_version=FORMAT_VERSION, shards=shards, files=files, **head)
 
     def require_same(self, earlier: dict[str, Any], where: Path) -> None:
         """Refuse to go on with a dump, or to take as done one, that was planned otherwise.

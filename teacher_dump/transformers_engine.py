@@ -5,7 +5,6 @@ Memory: the body's activations for batch_tokens, and twice chunk_positions × V 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -27,8 +26,8 @@ class TransformersEngine:
         dtype = settings.dtype if settings.dtype == "auto" else pick_dtype(settings.dtype)
         model = load_model(settings, dtype=dtype, device=self._device).eval()
         self._body, self._head = split_model(model)
-        self.identity: dict[str, Any] = model_identity(settings, model)
-        self._vocab_size: int = self.identity["vocab_size"]
+        self.identity = model_identity(settings, model)
+        self._vocab_size = self.identity.vocab_size
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Row]) -> list[Positions]:

@@ -308,7 +308,7 @@ def test_rows_drop_and_count_what_is_too_long_or_has_no_answer(tokenizer):
 
 def test_encoder_refuses_a_tokenizer_without_a_template(tmp_path):
     tokenizer = with_template(make_tokenizer(tmp_path), "")
-    with pytest.raises(MismatchError, match=r"has no chat template\n  next: put a chat_template\.jinja"):
+    with pytest.raises(MismatchError, match=r"has no chat template\n  next: put one chat_template\.jinja"):
         ChatEncoder(tokenizer, TextSettings(files=["-"]))
 
 

@@ -21,9 +21,7 @@ from shared.dataset import LogitDataset, verify
 from shared.errors import (
     ConfigError,
     DamagedDataError,
-    InterruptedRunError,
     MismatchError,
-    MissingDependencyError,
     NonFiniteError,
     RecordError,
     UnknownVersionError,
@@ -183,7 +181,6 @@ def test_cli_exit_codes_reach_the_shell(tmp_path, dumped):
     ("error", "code", "says"),
     [
         (ConfigError("bad key", next_step="mend it"), 2, "error: bad key\n  next: mend it\n"),
-        (MissingDependencyError("no ray"), 2, "error: no ray\n"),
         (click.UsageError("no such option"), 2, "Error: no such option\n"),
         (RecordError("a.jsonl:3: no"), 3, "error: a.jsonl:3: no\n"),
         (DamagedDataError("flipped bit", next_step="copy it again"), 3, "error: flipped bit\n  next: copy it again\n"),
@@ -193,7 +190,8 @@ def test_cli_exit_codes_reach_the_shell(tmp_path, dumped):
         (NonFiniteError("NaN at step 3"), 1, "error: NaN at step 3\n"),
         (OSError(28, "No space left on device"), 1, "error: OSError: [Errno 28] No space left on device\n"),
         (MemoryError("19 GiB"), 1, "error: MemoryError: 19 GiB\n"),
-        (InterruptedRunError("out of time", next_step="run again"), 75, "error: out of time\n  next: run again\n"),
+        (ModuleNotFoundError("No module named 'torch'"), 2, "next: pip install 'logitferry[torch]'\n"),
+        (ZeroDivisionError("ours"), 1, "next: run again with LOGITFERRY_TRACEBACK=1 and report what it prints\n"),
         (KeyboardInterrupt(), 75, "interrupted\n  next: run the same command again\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

@@ -124,11 +124,11 @@ def test_load_settings_does_not_suggest_the_very_file_that_it_could_not_read(wri
 
 
 def test_override_replaces_adds_and_parses_like_yaml(write):
-    overrides = ["keep.k=3", "keep.always=['<|im_end|>', 5]", "teacher.revision=a=b", "data.max_tokens=", "output=p"]
+    overrides = ["keep.k=3", "keep.always=['<|im_end|>', '5']", "teacher.revision=a=b", "data.max_tokens=", "output=p"]
     settings = load_settings(DumpSettings, write(DUMP + "keep: {k: 9, min_prob: 0.5}\n"), [*overrides, "output=q"])
     assert settings.keep.k == 3
     assert settings.keep.min_prob == 0.5
-    assert settings.keep.always == ["<|im_end|>", 5]
+    assert settings.keep.always == ["<|im_end|>", "5"]
     assert settings.teacher.revision == "a=b"
     assert settings.data.max_tokens is None
     assert settings.output == "q", "the last override wins"
@@ -166,7 +166,7 @@ def test_override_changes_one_place_of_a_mapping_that_an_alias_shares(write):
 
 
 def test_settings_yaml_reads_back_as_the_same_settings(write):
-    text = DUMP + "keep: {min_prob: 1.0e-7, always: ['é\\n: #', 5]}\ntemperatures: [2, 0.5]\n"
+    text = DUMP + "keep: {min_prob: 1.0e-7, always: ['é\\n: #', b]}\ntemperatures: [2, 0.5]\n"
     settings = load_settings(DumpSettings, write(text), ["output='007'", "data.system=null"])
     printed = settings_yaml(settings)
     assert "unit_records: 512" in printed, "defaults are shown too"

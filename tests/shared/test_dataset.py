@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.dataset import LogitDataset, verify
-from shared.errors import DamagedDataError, LogitferryError, UnknownVersionError, UnsealedDatasetError
+from shared.errors import ConfigError, DamagedDataError, LogitferryError, UnknownVersionError, UnsealedDatasetError
 from shared.shards import encode_shard
 from teacher_dump.dump import run_dump
 from tests.data import chat_records, dump_settings, write_jsonl
@@ -60,7 +61,10 @@ def flip(path: Path) -> None:
         (lambda d: flip(d / "README.md"), "README.md: damaged"),
         (lambda d: (d / "data/part-00009.parquet").write_bytes(b""), "part-00009.parquet: is not in the manifest"),
         (lambda d: edit_manifest(d, lambda m: m["files"].update({"../x": "0" * 64})), "leads outside the dataset"),
-        (lambda d: edit_manifest(d, lambda m: m["shards"][0].update(positions=1)), "the manifest says"),
+        (lambda d: (d / "tokenizer/extra.py").write_bytes(b""), "tokenizer/extra.py: is not in the manifest"),
+        (lambda d: edit_manifest(d, lambda m: m["shards"][0].update(positions=1)), "the manifest says positions 1"),
+        (lambda d: edit_manifest(d, lambda m: m["shards"][0].update(longest_row=1)), "the manifest says longest_row 1"),
+        (lambda d: edit_manifest(d, lambda m: m["shards"][0].update(kept_mass=1.5)), "the manifest says kept_mass 1.5"),
     ],
 )
 def test_verify_names_each_damage(damage: Callable[[Path], Any], named: str, copy: Path):
@@ -96,7 +100,23 @@ def test_verify_sees_distributions_shifted_by_one_token(copy: Path):
             yield type(row)(**{**vars(row), "label_mask_L": mask})
 
     reseal(copy, 0, lambda rows: list(shift(rows)))
-    assert "realised_logprob is not the kept log p of the realised token" in faults(copy)
+    assert "realised_logprob does not fit the distributions beside it" in faults(copy)
+
+
+def test_verify_sees_mass_that_does_not_add_up(copy: Path):
+    def heavier(rows: list[Any]) -> list[Any]:
+        teachers = [replace(row.teacher, tail_logsum_PT=row.teacher.tail_logsum_PT + np.float32(0.1)) for row in rows]
+        return [replace(row, teacher=teacher) for row, teacher in zip(rows, teachers, strict=True)]
+
+    reseal(copy, 0, heavier)
+    assert "kept ids and tail do not add up to one" in faults(copy)
+
+
+def test_a_shard_that_is_a_link_out_of_the_dataset_is_refused(copy: Path, tmp_path: Path):
+    shard = copy / "data/part-00000.parquet"
+    shard.rename(tmp_path / "elsewhere.parquet")
+    shard.symlink_to(tmp_path / "elsewhere.parquet")
+    assert "inside the dataset" in faults(copy)
 
 
 def test_verify_sees_a_sample_that_comes_twice(copy: Path):
@@ -108,8 +128,10 @@ def test_an_unfinished_dump_is_no_dataset(copy: Path, tmp_path: Path):
     (copy / "manifest.json").unlink()
     with pytest.raises(UnsealedDatasetError, match=r"(?s)no manifest\.json.*run the same `teacher-dump run` again"):
         LogitDataset.open(copy)
-    with pytest.raises(UnsealedDatasetError, match="does not exist"):
+    with pytest.raises(ConfigError, match="does not exist"):
         LogitDataset.open(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="is a file, not a folder"):
+        LogitDataset.open(copy / "README.md")
 
 
 @pytest.mark.parametrize("version", [2, 0, None, "1"])
@@ -127,6 +149,11 @@ def test_another_format_version_is_refused_clearly(version: Any, copy: Path):
         lambda m: m["shards"][0].update(path="data/../data/part-00000.parquet"),
         lambda m: m.update(vocab_size=1 << 40),
         lambda m: m.update(temperatures=[]),
+        lambda m: m.update(temperatures=[2, 1]),
+        lambda m: m.update(temperatures=[1, 2, 2]),
+        lambda m: m.update(temperatures=[1, float("nan")]),
+        lambda m: m.update(input={}),
+        lambda m: m.update(teacher={}),
         lambda m: m.update(surprise=1),
         lambda m: m.pop("teacher"),
     ],

@@ -23,7 +23,7 @@ PATH = "data/part-00000.parquet"
 
 def random_row(random_state: np.random.Generator, name: str, num_tokens: int, num_temperatures: int) -> LogitRow:
     mask = random_state.random(num_tokens) < 0.6
-    mask[0] = False
+    mask[:2] = False, True
     num_positions = int(mask.sum())
     counts = random_state.integers(1, 9, num_positions).astype(np.int32)
     ids = [np.sort(random_state.choice(V, count, replace=False)) for count in counts]
@@ -47,7 +47,7 @@ def random_row(random_state: np.random.Generator, name: str, num_tokens: int, nu
 
 def random_rows(seed: int, num_rows: int, num_temperatures: int = 1) -> list[LogitRow]:
     state = np.random.default_rng(seed)
-    return [random_row(state, f"row-{n}-é", int(state.integers(1, 40)), num_temperatures) for n in range(num_rows)]
+    return [random_row(state, f"row-{n}-é", int(state.integers(2, 40)), num_temperatures) for n in range(num_rows)]
 
 
 def assert_same_rows(rows: list[LogitRow], others: list[LogitRow]) -> None:
@@ -215,6 +215,16 @@ def test_a_shifted_label_mask_is_refused():
     shift = {"label_mask": lambda v: [row[1:] + row[:1] for row in v]}
     with pytest.raises(MisalignedRowError, match="nothing precedes it"):
         table_to_rows(edited(**shift), [1.0], V, "here")
+
+
+def test_a_row_without_a_supervised_token_is_refused():
+    columns = rows_to_table(random_rows(1, 3), [1.0])
+    tree = {name: columns[name].to_pylist() for name in columns.column_names}
+    tree["label_mask"][1] = [False] * len(tree["label_mask"][1])
+    for name in ("kept_ids", "kept_logprobs", "realised_logprob", "entropy", "tail_logsum_t1"):
+        tree[name][1] = []
+    with pytest.raises(DamagedDataError, match=r"here:1: row 'row-1-é' has no supervised token"):
+        table_to_rows(pa.table(tree, schema=columns.schema), [1.0], V, "here")
 
 
 def test_other_columns_than_the_manifest_declares_are_refused():

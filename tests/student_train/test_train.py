@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError, MismatchError, NonFiniteError
 from shared.rows import LogitRow
-from student_train.config import TrainSettings
-from student_train.train import Trainer
+from student_train.config import OptimizerSettings, TrainSettings
+from student_train.train import Trainer, make_optimizer
 from teacher_dump.dump import run_dump
 from tests.data import chat_records, dump_settings, write_jsonl
 from tests.tiny import make_model, make_tokenizer
@@ -272,3 +272,81 @@ def test_configs_that_contradict_themselves_are_refused(changes: dict[str, Any],
     tree = {"student": {"model": "m"}, "data": {"dataset": "d"}, "output": "o", "steps": 1}
     with pytest.raises(ValueError, match=message):
         TrainSettings.model_validate({**tree, **changes})
+
+
+def test_what_is_held_out_is_never_trained_on(
+    student_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = Trainer(
+        settings(student_folder, tmp_path / "out", data__dataset=str(dataset), steps=12, held_out__fraction=0.4)
+    )
+    trained, measured = set[str](), set[str]()
+    losses_of = trainer.student.losses
+
+    def record(rows: Any, *arguments: Any, **named: Any) -> Any:
+        (trained if trainer.student.model.training else measured).update(row.sample_id for row in rows)
+        return losses_of(rows, *arguments, **named)
+
+    monkeypatch.setattr(trainer.student, "losses", record)
+    trainer.run()
+    assert len(trained) + len(measured) == 24
+    assert trained
+    assert measured
+    assert not trained & measured
+
+
+def test_a_student_with_less_padding_learns_from_the_same_teacher(dataset: Path, tmp_path: Path):
+    student = make_model(tmp_path / "student", vocab_size=301, num_hidden_layers=1)
+    make_tokenizer(student)
+    result = Trainer(
+        settings(student, tmp_path / "out", data__dataset=str(dataset), steps=20, held_out__fraction=0.2)
+    ).run()
+    kls = [entry["held_out"]["kl"] for entry in log_of(tmp_path / "out") if "held_out" in entry]
+    assert result["held_out"]["kl"] == kls[-1] < kls[0]
+
+
+def test_the_gradient_is_clipped_to_its_norm(student_folder: Path, dataset: Path, tmp_path: Path):
+    """AdamW does not see a scaled gradient, until the scale meets its epsilon: then nothing moves any more."""
+    Trainer(
+        settings(student_folder, tmp_path / "out", data__dataset=str(dataset), optimizer__max_grad_norm=1e-14)
+    ).run()
+    before, after = weights_of(student_folder), weights_of(tmp_path / "out/model")
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_weight_decay_is_on_matrices_alone(student_folder: Path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(student_folder)
+    decayed, spared = make_optimizer(model, OptimizerSettings(weight_decay=0.3, betas=(0.8, 0.9))).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    assert decayed["betas"] == spared["betas"] == (0.8, 0.9)
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in spared["params"]} == {1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows_per_step": 25}, "rows_per_step is 25, but there are 24 rows"),
+        ({"optimizer__warmup_steps": 3}, "warmup_steps is 3, but there are 3 steps"),
+        ({"held_out__fraction": 1e-9}, "no row is held out"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused(
+    changes: dict[str, Any], message: str, student_folder: Path, dataset: Path, tmp_path: Path
+):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), **changes))
+
+
+def test_an_epoch_sees_every_row(student_folder: Path, dataset: Path, tmp_path: Path):
+    result = Trainer(
+        settings(student_folder, tmp_path / "out", data__dataset=str(dataset), steps=None, epochs=1, rows_per_step=7)
+    ).run()
+    assert (result["steps"], result["rows_per_epoch"]) == (4, 24)
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(student_folder: Path, dataset: Path, tmp_path: Path):
+    (tmp_path / "log.jsonl").write_text("somebody's")
+    with pytest.raises(ConfigError, match="is not empty and holds none of"):
+        Trainer(settings(student_folder, tmp_path, data__dataset=str(dataset)))
+    assert (tmp_path / "log.jsonl").read_text() == "somebody's"

@@ -106,7 +106,7 @@ def test_a_sealed_dump_verifies_and_its_info_adds_up(sealed: LogitDataset):
     assert 0 < info["kept_mass"] < 1
     assert info["mean_kl_nats"] == pytest.approx(0, abs=1e-9)
     assert info["temperatures"] == [1.0, 2.0]
-    assert not (sealed.folder / "work").exists()
+    assert not (sealed.folder / ".logitferry").exists()
 
 
 def test_always_kept_tokens_are_in_every_position(teacher_folder: Path, chats: Path, tmp_path: Path):
@@ -215,7 +215,7 @@ def test_rows_longer_than_the_teachers_context_are_an_error_or_counted(teacher_f
     with pytest.raises(RecordError, match=r"chats\.jsonl:4: \d+ tokens, but the model's context is 512"):
         run_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
     dataset = run_dump(dump_settings(teacher_folder, files, tmp_path / "out", data__on_too_long="drop"))
-    assert dataset.manifest.input["tally"]["dropped_too_long"] == 1
+    assert dataset.manifest.input.tally["dropped_too_long"] == 1
     assert [row.sample_id for row in all_rows(dataset)] == [f"chat-{n}" for n in range(8) if n != 3]
 
 
@@ -224,7 +224,7 @@ def test_a_unit_whose_rows_are_all_dropped_leaves_no_shard(teacher_folder: Path,
     files = write_jsonl(tmp_path / "chats.jsonl", records + chat_records(3))
     dataset = run_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
     assert [shard.path for shard in dataset.manifest.shards] == ["data/part-00001.parquet"]
-    assert dataset.manifest.input["tally"]["dropped_no_label"] == 7
+    assert dataset.manifest.input.tally["dropped_no_label"] == 7
     assert verify(dataset).faults == []
 
 
@@ -254,6 +254,12 @@ def test_a_tokenizer_that_exceeds_the_teachers_vocabulary_is_refused(chats: Path
         run_dump(dump_settings(teacher, chats, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("temperature", [0, -1, 1000, float("nan"), 1.0000001])
+def test_a_temperature_that_cannot_be_declared_is_refused(temperature: float, tmp_path: Path):
+    with pytest.raises(ValueError, match="temperatures lie between"):
+        dump_settings(tmp_path, tmp_path, tmp_path, temperatures=[1, temperature])
+
+
 def test_one_is_always_among_the_temperatures():
     tree = {"teacher": {"model": "m"}, "data": {"files": ["f"]}, "output": "o", "temperatures": [4, 2, 2]}
     assert DumpSettings.model_validate(tree).temperatures == [1.0, 2.0, 4.0]
@@ -262,6 +268,45 @@ def test_one_is_always_among_the_temperatures():
 def test_what_a_killed_writer_left_does_not_reach_the_dataset(teacher_folder: Path, chats: Path, tmp_path: Path):
     leftover = tmp_path / "out/data/.writing-part-00000.parquet.4711"
     leftover.parent.mkdir(parents=True)
+    (tmp_path / "out/.logitferry").mkdir()
     leftover.write_bytes(b"half a shard")
     assert verify(run_dump(dump_settings(teacher_folder, chats, tmp_path / "out"))).faults == []
     assert not leftover.exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(teacher_folder: Path, chats: Path, tmp_path: Path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/README.md").write_text("chapter 1")
+    with pytest.raises(ConfigError, match="is not empty and holds none of"):
+        run_dump(dump_settings(teacher_folder, chats, tmp_path / "thesis"))
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["README.md"]
+    with pytest.raises(ConfigError, match="is a file, not a folder"):
+        run_dump(dump_settings(teacher_folder, chats, tmp_path / "thesis/README.md"))
+
+
+def test_input_that_grows_while_it_is_dumped_is_not_sealed(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The manifest would name a digest that no version of the file ever had."""
+    files = write_jsonl(tmp_path / "chats.jsonl", chat_records(10))
+    score = dump_module.TransformersEngine.score
+
+    def grow(self: Any, rows: Any) -> Any:
+        write_jsonl(files, chat_records(12))
+        return score(self, rows)
+
+    monkeypatch.setattr(dump_module.TransformersEngine, "score", grow)
+    with pytest.raises(MismatchError, match="changed while they were read"):
+        run_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_units_cannot_be_cut_anew_in_the_middle_of_a_dump(
+    teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run_dump(dump_settings(teacher_folder, chats, tmp_path / "out"))
+    with pytest.raises(MismatchError, match="planned with unit_records 7, now 5"):
+        run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", unit_records=5))
