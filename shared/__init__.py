@@ -1,7 +1,7 @@
 """What both phases of logitferry stand on: text to supervised tokens, the dataset on disk, errors, config.
 
 `shared` knows nothing of `teacher_dump` or `student_train`, and those two know nothing of each other.
-The dataset part needs numpy, pyarrow and zstandard only; a data team verifies a dataset without torch.
+The dataset part (`shared.dataset` and what it imports) needs no torch: a data team verifies a dataset without it.
 """
 
 __version__ = "0.1.0"

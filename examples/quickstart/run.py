@@ -1,6 +1,6 @@
 """The whole path on one machine: train a teacher, dump it, train two students from one start, compare them.
 
-    python examples/quickstart/run.py [--output DIR] [--seed N] [--tiny] [--tune]
+    python examples/quickstart/run.py [--output DIR] [--seed N] [--slips SHARE] [--tiny] [--tune]
 
 Every phase is one of the commands that you would run yourself, and is printed as it is run.  The two students
 differ in one thing: SFT learns from the labels alone and reads the text, SFT + KD also learns from what the teacher
@@ -29,7 +29,7 @@ from teacher_dump.cli import cli as teacher_dump
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = {"teacher-dump": teacher_dump, "student-train": student_train}
-TUNING_RATES = (1e-3, 2e-3, 4e-3)
+TUNING_RATES = (2e-3, 4e-3, 8e-3)
 SPLITS = ("student_train", "dev", "test")
 TINY = {
     "teacher": ["steps=60", "optimizer.warmup_steps=5"],
@@ -44,13 +44,14 @@ class Quickstart:
     folder: Path
     seed: int
     tiny: bool
+    slips: float
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, *, tune: bool) -> dict[str, Any]:
         """All phases; returns what the table shows."""
         with self._phase("corpus and models"):
             sizes = task.TINY_SIZES if self.tiny else task.SIZES
-            task.write_corpus(self.folder / "corpus", self.seed, sizes)
+            task.write_corpus(self.folder / "corpus", self.seed, sizes, self.slips)
             shapes = (models.TINY_TEACHER, models.TINY_STUDENT) if self.tiny else (models.TEACHER, models.STUDENT)
             models.write_models(self.folder / "corpus", self.folder / "models", self.seed, *shapes)
         with self._phase("teacher"):
@@ -66,6 +67,7 @@ class Quickstart:
         dumped = LogitDataset.open(self.folder / "dumps/student_train").info()
         result = {
             "seed": self.seed,
+            "slips": self.slips,
             "table": table,
             "chosen": chosen,
             "bytes_per_position": dumped["bytes_per_position"],
@@ -115,7 +117,14 @@ class Quickstart:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--tiny", is_flag=True, help="Small enough for a test: the path works, the numbers mean nothing.")
 @click.option("--tune", is_flag=True, help="Search the learning rate of both arms over one grid on the dev split.")
-def main(output: Path, seed: int, tiny: bool, tune: bool) -> None:
+@click.option(
+    "--slips",
+    type=click.FloatRange(0, 1),
+    default=task.SLIP_RATE,
+    show_default=True,
+    help="Share of training records with an error in them.",
+)
+def main(output: Path, seed: int, tiny: bool, tune: bool, slips: float) -> None:
     """Train a teacher, dump it, train two students, compare them."""
     if output.exists() and any(output.iterdir()):
         if not (output / "corpus").is_dir():
@@ -124,7 +133,7 @@ def main(output: Path, seed: int, tiny: bool, tune: bool) -> None:
         output.rename(aside)
         click.echo(f"the last run was moved to {aside}", err=True)
     output.mkdir(parents=True, exist_ok=True)
-    result = Quickstart(folder=output.resolve(), seed=seed, tiny=tiny).run(tune=tune)
+    result = Quickstart(folder=output.resolve(), seed=seed, tiny=tiny, slips=slips).run(tune=tune)
     click.echo(measure.as_text(result))
     click.echo(f"\ncurves: {output / 'curves.png'}   numbers: {output / 'result.json'}")
 

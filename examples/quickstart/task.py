@@ -34,7 +34,8 @@ REQUEST = {FAST: "Quick:", REASONING: "Think:"}
 # Problems, not records: each problem makes one record for each manner.
 SIZES = {"teacher_train": 20_000, "student_train": 1_000, "dev": 250, "test": 1_000}
 TINY_SIZES = {"teacher_train": 600, "student_train": 100, "dev": 20, "test": 40}
-SLIP_RATE = {"teacher_train": 0.2, "student_train": 0.2, "dev": 0.0, "test": 0.0}
+SLIP_RATE = 0.2
+WITH_SLIPS = ("teacher_train", "student_train")
 
 PEOPLE = {
     "She": ("Mia", "Anna", "Lena", "Ruth", "Emma", "Zoe"),
@@ -117,12 +118,14 @@ def make_problems(sizes: Mapping[str, int], seed: int) -> dict[str, list[Problem
     return splits
 
 
-def make_records(split: str, problems: list[Problem], seed: int) -> Iterator[dict[str, Any]]:
+def make_records(
+    split: str, problems: list[Problem], seed: int, slip_rate: float = SLIP_RATE
+) -> Iterator[dict[str, Any]]:
     """Each problem in both manners, as chat messages.  `answer` is the right one, whatever the writer wrote."""
     rng = random.Random(f"{seed}/{split}")
     for number, problem in enumerate(problems):
         for manner in MANNERS:
-            thought, result = solve(problem, rng, SLIP_RATE[split])
+            thought, result = solve(problem, rng, slip_rate if split in WITH_SLIPS else 0.0)
             reply = str(result) if manner == FAST else f"<think>{thought}</think>{result}"
             yield {
                 "id": f"{split}-{number:05d}-{manner}",
@@ -148,12 +151,14 @@ def is_correct(reply: str, answer: str) -> bool:
     return extract_answer(reply) == answer
 
 
-def write_corpus(folder: Path, seed: int = 0, sizes: Mapping[str, int] = SIZES) -> dict[str, Path]:
+def write_corpus(
+    folder: Path, seed: int = 0, sizes: Mapping[str, int] = SIZES, slip_rate: float = SLIP_RATE
+) -> dict[str, Path]:
     """One .jsonl file for each split, in `folder`; the same seed and sizes give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {split: folder / f"{split}.jsonl" for split in sizes}
     for split, problems in make_problems(sizes, seed).items():
-        lines = (json.dumps(record) + "\n" for record in make_records(split, problems, seed))
+        lines = (json.dumps(record) + "\n" for record in make_records(split, problems, seed, slip_rate))
         paths[split].write_text("".join(lines), encoding="utf-8")
     return paths
 

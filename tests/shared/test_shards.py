@@ -127,6 +127,23 @@ def test_every_single_byte_flip_is_refused(stored: Any):
         (folder / PATH).write_bytes(whole)
 
 
+@pytest.mark.full
+def test_ten_thousand_random_flips_of_a_larger_shard_are_refused(tmp_path: Path):
+    data, shard = encode_shard(random_rows(11, 400), [1.0], V, PATH)
+    whole = bytearray(data)
+    (tmp_path / "data").mkdir()
+    generator = random.Random(1)
+    for _ in range(10_000):
+        at, bit = generator.randrange(len(whole)), 1 << generator.randrange(8)
+        whole[at] ^= bit
+        (tmp_path / PATH).write_bytes(whole)
+        with pytest.raises(DamagedDataError):
+            read_shard(tmp_path, shard, [1.0], V)
+        whole[at] ^= bit
+    (tmp_path / PATH).write_bytes(whole)
+    assert len(read_shard(tmp_path, shard, [1.0], V)) == 400
+
+
 def test_page_checksums_stand_behind_the_digest(stored: Any):
     """Without the digest almost every flip is still refused; what passes is the footer's, which no page covers."""
     folder, _ = stored
