@@ -164,6 +164,9 @@ def _messages(fields: dict[str, Any], settings: TextSettings, where: str) -> lis
         turns = [("user", settings.prompt_field), ("assistant", settings.response_field)]
         messages = [{"role": role, "content": _text(fields, field, where)} for role, field in turns]
         return ([{"role": "system", "content": settings.system}] if settings.system else []) + messages
+    if fields.get("tools"):
+        # Templates put the tools into the prompt; leaving them out would show the teacher another conversation.
+        raise RecordError(f"{where}: field 'tools': tool definitions are not supported yet")
     turns = fields.get(settings.messages_field)
     if turns is None:
         raise RecordError(

@@ -214,3 +214,9 @@ def test_read_records_refuses_a_missing_file_and_a_folder(tmp_path):
 def test_text_settings_refuse_what_cannot_be_meant(settings, rule):
     with pytest.raises(ValidationError, match=rule):
         TextSettings(**{"files": ["a"], **settings})
+
+
+def test_tool_definitions_are_refused_and_not_left_out_in_silence(write):
+    path = write(chat("a", "b"), chat("c", "d", tools=[{"type": "function"}]))
+    assert f"{path}:2: field 'tools'" in refusal(path)
+    assert len(read(write(chat("a", "b", tools=[]), name="none.jsonl"))) == 1
