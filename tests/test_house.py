@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,17 @@ def test_house_keeps_files_small_and_says_what_each_is_for():
     assert not {relative(path): n for path, text in code.items() if (n := text.count("\n")) > 450}
     silent = [relative(path) for path in code if path.name != "__main__.py" and not ast.get_docstring(tree_of(path))]
     assert not silent
+
+
+def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("logitferry-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    assert "shared/FORMAT.md" in names

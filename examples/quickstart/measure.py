@@ -77,7 +77,7 @@ def draw_curves(path: Path, runs: dict[str, Path]) -> None:
     """Cross-entropy and KL on the development split over the steps of both arms."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for arm, folder in runs.items():
@@ -90,6 +90,7 @@ def draw_curves(path: Path, runs: dict[str, Path]) -> None:
     for axis, title in zip(axes, ("cross-entropy on the labels", "KL(teacher ‖ student)"), strict=True):
         axis.set(title=f"{title}, dev split", xlabel="step", ylabel="nats per supervised token", yscale="log")
         axis.grid(visible=True, which="both", alpha=0.25)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.legend()
