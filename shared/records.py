@@ -138,7 +138,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             num_records += 1
             yield where, fields
     if not num_records:
-        raise RecordError(f"{path}: holds no records")
+        raise RecordError(f"{path}: holds no records", next_step="give a file with one JSON object on each line")
 
 
 def _require_whole_characters(fields: dict[str, Any], where: str) -> None:
@@ -189,7 +189,10 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
 
 def _text(fields: dict[str, Any], field: str, where: str) -> str:
     if field not in fields:
-        raise RecordError(f"{where}: no field {field!r}; there are {', '.join(map(repr, fields))}")
+        raise RecordError(
+            f"{where}: no field {field!r}; there are {', '.join(map(repr, fields))}",
+            next_step="name two of them as data.prompt_field and data.response_field, or mend the record",
+        )
     value = fields[field]
     if not isinstance(value, str):
         raise RecordError(f"{where}: field {field!r}: expected a string, got {type(value).__name__} {value!r:.80}")

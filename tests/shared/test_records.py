@@ -186,13 +186,13 @@ def test_read_records_takes_a_surrogate_pair_for_the_character_that_it_is(write)
 )
 def test_read_records_names_the_field_that_prompt_and_response_lack(write, record, complaint):
     path = write(record)
-    assert refusal(path, prompt_field="q", response_field="a") == f"{path}:1: {complaint}"
+    assert refusal(path, prompt_field="q", response_field="a").splitlines()[0] == f"{path}:1: {complaint}"
 
 
 @pytest.mark.parametrize("lines", [(), (b"", b"  ")])
 def test_read_records_refuses_a_file_without_records(write, lines):
     path = write(*lines)
-    assert refusal(path) == f"{path}: holds no records"
+    assert refusal(path).splitlines()[0] == f"{path}: holds no records"
 
 
 def test_read_records_refuses_a_missing_file_and_a_folder(tmp_path):
