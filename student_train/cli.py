@@ -15,9 +15,9 @@ def cli() -> None:
 def run_verb(config: str, overrides: tuple[str, ...], print_config: bool, as_json: bool) -> None:
     """Train the student that CONFIG describes and leave a Hugging Face model."""
     settings = read_config(TrainSettings, config, overrides, print_config=print_config)
-    from student_train.train import Trainer  # torch takes seconds to import; --help need not wait for it
+    from student_train.train import Trainer, finished_run  # torch takes seconds to import; --help need not wait
 
-    result = Trainer(settings).run()
+    result = finished_run(settings) or Trainer(settings).run()
     lines = [f"{result['model']}: {result['steps']} steps in {result['seconds']:.0f} s"]
     if held_out := result["held_out"]:
         kl = "" if held_out["kl"] is None else f", KL to the teacher {held_out['kl']:.4f}"

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from shared.config import settings_yaml
+from shared.config import load_settings, settings_yaml
 from shared.device import pick_device
 from shared.errors import ConfigError, MismatchError, NonFiniteError
 from shared.files import claim_folder, write_atomically
@@ -35,6 +35,23 @@ CONFIG_NAME = "config.yaml"
 RUN_NAME = "run.json"
 
 
+def finished_run(settings: TrainSettings) -> dict[str, Any] | None:
+    """The record of this very run where it is done already; None where it is not.
+
+    Raises:
+        MismatchError: the output folder holds a model that was trained with other settings.
+    """
+    output = Path(settings.output)
+    if not (output / MODEL_FOLDER).exists():
+        return None
+    if load_settings(TrainSettings, output / CONFIG_NAME) != settings:
+        raise MismatchError(
+            f"{output / MODEL_FOLDER} was trained with other settings, see {output / CONFIG_NAME}",
+            next_step="give this run another `output`, or remove the folder",
+        )
+    return json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
+
+
 class Trainer:
     """One student, its optimizer and its data; `run` trains and leaves a Hugging Face model."""
 
@@ -44,8 +61,7 @@ class Trainer:
         claim_folder(self._output, [CONFIG_NAME])
         if (self._output / MODEL_FOLDER).exists():
             raise ConfigError(
-                f"{self._output / MODEL_FOLDER} exists: this run is finished",
-                next_step="give this run another output, or remove the folder",
+                f"{self._output / MODEL_FOLDER} exists: this run is finished", next_step="give another `output`"
             )
         torch.manual_seed(settings.seed)
         self.student = Student(

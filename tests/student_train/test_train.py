@@ -14,7 +14,7 @@ from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError, MismatchError, NonFiniteError
 from shared.rows import LogitRow
 from student_train.config import OptimizerSettings, TrainSettings
-from student_train.train import Trainer, make_optimizer
+from student_train.train import Trainer, finished_run, make_optimizer
 from teacher_dump.dump import run_dump
 from tests.data import chat_records, dump_settings, write_jsonl
 from tests.tiny import make_model, make_tokenizer
@@ -218,10 +218,15 @@ def test_what_is_left_is_a_hugging_face_model_with_its_tokenizer(student_folder:
     assert (tmp_path / "out/config.yaml").is_file()
 
 
-def test_a_finished_run_is_not_overwritten(student_folder: Path, dataset: Path, tmp_path: Path):
-    Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset))).run()
+def test_a_finished_run_is_neither_repeated_nor_overwritten(student_folder: Path, dataset: Path, tmp_path: Path):
+    run = settings(student_folder, tmp_path / "out", data__dataset=str(dataset))
+    assert finished_run(run) is None
+    result = Trainer(run).run()
+    assert finished_run(run) == result
     with pytest.raises(ConfigError, match="this run is finished"):
-        Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset)))
+        Trainer(run)
+    with pytest.raises(MismatchError, match="was trained with other settings"):
+        finished_run(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), steps=4))
 
 
 def test_an_undeclared_temperature_is_refused(student_folder: Path, dataset: Path, tmp_path: Path):
