@@ -201,6 +201,12 @@ def set_first(value: Any) -> Any:
     return edit
 
 
+def empty_first(values: list[Any]) -> list[Any]:
+    """A position that keeps nothing."""
+    next(row for row in values if row)[0].clear()
+    return values
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -209,6 +215,7 @@ def set_first(value: Any) -> Any:
         ({"input_ids": set_first(V)}, r"input_ids lie in \[0, 1009\)"),
         ({"kept_ids": lambda v: [[sorted(p, reverse=True) for p in row] for row in v]}, "ascend within a position"),
         ({"kept_ids": lambda v: [[[p[0]] * len(p) for p in row] for row in v]}, "ascend within a position"),
+        ({"kept_ids": empty_first, "kept_logprobs": empty_first}, "every position keeps an id"),
         ({"kept_logprobs": set_first(0.5)}, "kept_logprobs are finite and at most 0"),
         ({"kept_logprobs": set_first(float("-inf"))}, "kept_logprobs are finite"),
         ({"realised_logprob": set_first(float("nan"))}, "realised_logprob is finite"),
