@@ -10,7 +10,8 @@ Gradients of hidden states and output matrix are computed chunk by chunk in the 
 only scales them.  fp32 from the logits on, whatever the dtype of the weights.
 
 Shapes: N positions, n positions of a chunk, D hidden, V vocabulary, K kept.
-Memory: one chunk of n × V floats (two more at T ≠ 1), plus the gradients [N, D] and [V, D], twice while backward hands them on.
+Memory: one chunk of n × V floats (two more at T ≠ 1), plus the gradients [N, D] and [V, D];
+    twice those while backward hands them on.
 Time: one linear cross-entropy plus gathers of N × K.
 """
 
