@@ -82,16 +82,15 @@ def read_shard(folder: Path, shard: Shard, temperatures: Sequence[float], vocab_
     path = folder / shard.path
     try:
         size_bytes = path.stat().st_size
-        if size_bytes != shard.size_bytes or not path.resolve().is_relative_to(folder.resolve()):
-            raise DamagedDataError(
-                f"{path}: damaged: expected {shard.size_bytes} bytes inside the dataset, got {size_bytes}",
-                next_step=REPAIR.format(folder),
-            )
-        data = pa.py_buffer(path.read_bytes())
-    except DamagedDataError:
-        raise
+        is_ours = size_bytes == shard.size_bytes and path.resolve().is_relative_to(folder.resolve())
+        data = pa.py_buffer(path.read_bytes() if is_ours else b"")
     except OSError as error:
         raise DamagedDataError(f"{path}: cannot be read: {error}", next_step=REPAIR.format(folder)) from None
+    if not is_ours:
+        raise DamagedDataError(
+            f"{path}: damaged: expected {shard.size_bytes} bytes inside the dataset, got {size_bytes}",
+            next_step=REPAIR.format(folder),
+        )
     if sha256(data) != shard.sha256:
         raise DamagedDataError(
             f"{path}: damaged: expected sha256 {shard.sha256[:16]}…, got {sha256(data)[:16]}…",

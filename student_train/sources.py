@@ -88,9 +88,16 @@ def open_source(settings: DataSettings, tokenizer: Any, *, vocab_size: int, cont
     """The rows that a config names, checked against the student.
 
     Raises:
-        MismatchError: the dataset was made with another tokenizer or vocabulary, or has rows that are too long.
+        MismatchError: the student's vocabulary is smaller than its tokenizer; the dataset was made with another
+            tokenizer, or has rows that are too long.
         RecordError: text that cannot become rows.
     """
+    num_tokens = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+    if vocab_size < num_tokens:
+        raise MismatchError(
+            f"the tokenizer has {num_tokens} tokens, but the student's vocabulary ends at {vocab_size}",
+            next_step=f"resize the student: model.resize_token_embeddings({num_tokens})",
+        )
     if settings.dataset is not None:
         return _open_dataset(settings.dataset, tokenizer.backend_tokenizer, vocab_size, context_tokens)
     assert settings.text is not None
@@ -114,12 +121,6 @@ def _open_dataset(folder: str, tokenizer: Tokenizer, vocab_size: int, context_to
     require_same_tokenizer(
         dataset.tokenizer(), tokenizer, expected_name=f"the dataset {folder}", got_name="the student"
     )
-    num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
-    if vocab_size < num_tokens:
-        raise MismatchError(
-            f"the tokenizer has {num_tokens} tokens, but the student's vocabulary ends at {vocab_size}",
-            next_step=f"resize the student: model.resize_token_embeddings({num_tokens})",
-        )
     sample_ids = dataset.sample_ids()
     repeated = [name for name, count in Counter(chain(*sample_ids)).items() if count > 1]
     if repeated:

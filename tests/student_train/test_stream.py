@@ -143,8 +143,14 @@ def test_a_vocabulary_padded_otherwise_is_no_mismatch(dumped: tuple[Path, Path],
 
 
 def test_a_student_whose_vocabulary_is_smaller_than_the_tokenizer_is_refused(dumped: tuple[Path, Path], tokenizer: Any):
-    with pytest.raises(MismatchError, match="the tokenizer has 300 tokens, but the student's vocabulary ends at 299"):
-        open_source(DataSettings(dataset=str(dumped[1])), tokenizer, vocab_size=299, context_tokens=512)
+    for data in (
+        DataSettings(dataset=str(dumped[1])),
+        DataSettings.model_validate({"text": {"files": [str(dumped[0])]}}),
+    ):
+        with pytest.raises(
+            MismatchError, match="the tokenizer has 300 tokens, but the student's vocabulary ends at 299"
+        ):
+            open_source(data, tokenizer, vocab_size=299, context_tokens=512)
 
 
 def test_damage_is_met_before_a_row_of_the_shard_is_seen(dumped: tuple[Path, Path], tokenizer: Any):

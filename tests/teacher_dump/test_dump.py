@@ -131,14 +131,18 @@ def interrupt_after(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dump_module.TransformersEngine, "score", interrupted)
 
 
+def run_until(units: int, settings: DumpSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(units, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run_dump(settings)
+
+
 def test_running_again_goes_on_and_gives_the_same_shards(
     sealed: LogitDataset, teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = dump_settings(teacher_folder, chats, tmp_path / "out")
-    with monkeypatch.context() as patch:
-        interrupt_after(2, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run_dump(settings)
+    run_until(2, settings, monkeypatch)
     assert len(list((tmp_path / "out/data").iterdir())) == 2
     scored: list[int] = []
     score = dump_module.TransformersEngine.score
@@ -154,10 +158,7 @@ def test_a_shard_damaged_between_two_runs_is_done_again(
     sealed: LogitDataset, teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = dump_settings(teacher_folder, chats, tmp_path / "out")
-    with monkeypatch.context() as patch:
-        interrupt_after(3, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run_dump(settings)
+    run_until(3, settings, monkeypatch)
     shard = tmp_path / "out/data/part-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-9])
     assert run_dump(settings).manifest.shards == sealed.manifest.shards
@@ -304,9 +305,6 @@ def test_input_that_grows_while_it_is_dumped_is_not_sealed(
 def test_units_cannot_be_cut_anew_in_the_middle_of_a_dump(
     teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    with monkeypatch.context() as patch:
-        interrupt_after(1, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run_dump(dump_settings(teacher_folder, chats, tmp_path / "out"))
+    run_until(1, dump_settings(teacher_folder, chats, tmp_path / "out"), monkeypatch)
     with pytest.raises(MismatchError, match="planned with unit_records 7, now 5"):
         run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", unit_records=5))
