@@ -358,3 +358,19 @@ def test_rows_supervise_exactly_what_the_assistant_wrote_whatever_it_wrote(mergi
     assert runs(merging, row) == [*expected, (False, rest)]
     prompt = encode(merging, expected[0][1])
     assert row.input_ids_L[: len(prompt)].tolist() == prompt
+
+
+def test_encoder_refuses_a_template_that_reads_the_clock_until_it_is_given_a_date(tmp_path):
+    """As Llama 3.2's does: a dump that is resumed tomorrow would hold two kinds of prompts."""
+    clock = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n" + CHATML
+    tokenizer = make_tokenizer(tmp_path, template=clock)
+    with pytest.raises(MismatchError, match="reads the clock"):
+        ChatEncoder(tokenizer, TextSettings(files=["f"]))
+    ChatEncoder(tokenizer, TextSettings(files=["f"], chat_template_kwargs={"date_string": "26 Jul 2024"}))
+
+
+def test_encoder_refuses_a_tokenizer_with_several_templates(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML}
+    with pytest.raises(MismatchError, match="has several chat templates"):
+        ChatEncoder(tokenizer, TextSettings(files=["f"]))
