@@ -1,218 +1,161 @@
-"""Records to rows: the tokenizer's own chat template, and exactly the assistant's tokens supervised.
+"""Chats to text by the tokenizer's own template, and which characters of it the assistant wrote.
 
-A template is a program that only knows how to render whole conversations.  What the assistant wrote in turn i
-is found by rendering growing prefixes: everything up to the generation prompt before the turn, and everything
-up to the turn.  Each must be a prefix of the whole conversation, to the letter; a template that rewrites
-history is refused, because its mask could only be guessed.  A turn is supervised up to and including its
-end-of-turn token; the line feed that many templates put behind it is not the assistant's.
-
-The rendered text is tokenized as a whole, unless its first prompt alone gives other tokens, as where a token
-would straddle the beginning of the answer.  Then the text is cut where answers begin and the pieces are tokenized
-on their own, as at inference, where the prompt is tokenized before the answer exists; and where a token still
-straddles an end, it is cut there too.
+A template is a program that only knows how to render whole conversations.  Some mark what the assistant writes with
+`{% generation %}`, and then that is the answer.  For all others, what the assistant wrote in turn i is found by
+rendering growing prefixes: everything up to the generation prompt before the turn, and everything up to the turn.
+Each must be a prefix of the whole conversation, to the letter; a template that rewrites history is refused, because
+its mask could only be guessed.  A turn ends with its end-of-turn token; the line feed that many templates put
+behind it is not the assistant's.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from shared.errors import MismatchError, RecordError
-from shared.records import Record, TextSettings
-from shared.rows import Row
+from shared.control_tokens import ControlTokens
+from shared.errors import ConfigError, MismatchError, RecordError
+from shared.layout import Chat
+from shared.marked_text import MarkedText, Span
+from shared.text_config import TextSettings
+from shared.turns import is_supervised
 
-ENCODE_BATCH_RECORDS = 256
-
-Span = tuple[int, int]
-
-
-@dataclass(kw_only=True)
-class Tally:
-    """What became of the records.  Nothing is dropped in silence: this goes to the log and the manifest."""
-
-    records: int = 0
-    rows: int = 0
-    tokens: int = 0
-    positions: int = 0
-    dropped_too_long: int = 0
-    dropped_no_label: int = 0
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+AROUND_CHARACTERS = 30
 
 
-class ChatEncoder:
-    """Turns records into rows with one tokenizer and one set of text settings.
-
-    `context_tokens` is the longest row that the model takes, where it has a limit.
+def use_chat_template(tokenizer: Any, settings: TextSettings) -> None:
+    """Give the tokenizer the template that the settings name, so that what is saved with it is what was used.
 
     Raises:
-        MismatchError: the tokenizer has no chat template, or is not backed by the `tokenizers` library.
+        ConfigError: the file cannot be read.
+    """
+    if settings.chat_template is None:
+        return
+    try:
+        tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template {settings.chat_template} cannot be read: {error}") from None
+
+
+class ChatRenderer:
+    """Renders chats with one tokenizer's template.
+
+    Raises:
+        MismatchError: the tokenizer has no template, several, or one that reads the clock.
     """
 
-    def __init__(self, tokenizer: Any, settings: TextSettings, *, context_tokens: int | None = None) -> None:
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise MismatchError(
-                f"tokenizer {tokenizer.name_or_path!r} has no tokenizer.json, whose character offsets give the mask",
-                next_step="convert it: AutoTokenizer.from_pretrained(...).save_pretrained(...) with a fast tokenizer",
-            )
+    def __init__(self, tokenizer: Any, settings: TextSettings, control: ControlTokens) -> None:
         template = tokenizer.chat_template
         if not isinstance(template, str) or not template:
             number = "several chat templates" if template else "no chat template"
             raise MismatchError(
                 f"tokenizer {tokenizer.name_or_path!r} has {number}",
-                next_step="put one chat_template.jinja beside its tokenizer.json",
+                next_step="put one chat_template.jinja beside its tokenizer.json, or name a file as chat_template",
             )
         if "strftime_now" in template and "date_string" not in settings.chat_template_kwargs:
             raise MismatchError(
                 f"the chat template of {tokenizer.name_or_path!r} reads the clock: the same record would give other "
                 "tokens tomorrow",
-                next_step="set data.chat_template_kwargs: {date_string: ...} to a date of your choice",
+                next_step="set chat_template_kwargs: {date_string: ...} to a date of your choice",
             )
-        # A tokenizer.json may come with truncation or padding switched on, which would change rows in silence.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        self._tokenizer = tokenizer
+        self._template = template
+        self._has_marks = bool(GENERATION_MARK.search(template))
+        self._variables = {**tokenizer.special_tokens_map, **settings.chat_template_kwargs}
         self._settings = settings
-        limits = {"data.max_tokens": settings.max_tokens, "the model's context": context_tokens}
-        self._limits = {name: limit for name, limit in limits.items() if limit is not None}
-        special = {
-            token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        named = tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens)
-        self._special: dict[int, str] = special | dict(zip(named, tokenizer.all_special_tokens, strict=True))
-        any_special = "|".join(map(re.escape, sorted(self._special.values())))
-        self._end_of_turn = re.compile(f"(?:{any_special})(?=\\s*\\Z)") if any_special else None
+        self._control = control
 
-    def rows(self, records: Iterable[Record], tally: Tally) -> Iterator[Row]:
-        """One row per record, in order; `tally` counts those that are dropped.
+    def render(self, chat: Chat, where: str) -> MarkedText:
+        """The chat as text with its answers.
 
         Raises:
-            RecordError: a conversation cannot be rendered, its mask cannot be found, or it is too long.
+            RecordError: the template fails, or rewrites history.
         """
-        records = iter(records)
-        while batch := list(islice(records, ENCODE_BATCH_RECORDS)):
-            rendered = [self.render(record) for record in batch]
-            encodings = self._encode([text for text, _ in rendered])
-            prompts = self._encode([text[: spans[0][0]] if spans else "" for text, spans in rendered])
-            for record, (text, spans), encoding, prompt in zip(batch, rendered, encodings, prompts, strict=True):
-                row = self._row(record, text, spans, encoding, prompt.ids)
-                tally.records += 1
-                if self._is_kept(row, record, tally):
-                    tally.rows += 1
-                    tally.tokens += row.num_tokens
-                    tally.positions += row.num_positions
-                    yield row
+        hidden, placeholders = self._control.hide({"messages": chat.messages, "tools": chat.tools}, where)
+        shown = Chat(messages=hidden["messages"], tools=hidden["tools"])
+        if self._settings.supervise == "everything":
+            text, _ = self._render(shown, where)
+            answers = [(0, len(text))]
+        elif self._has_marks:
+            text, marks = self._render(shown, where, marks=True)
+            answers = self._wanted_marks(marks, chat, where)
+        else:
+            text, _ = self._render(shown, where)
+            answers = [self._answer(text, shown, index, where) for index in self._wanted_turns(chat)]
+        left_out = () if self._settings.supervise_reasoning else self._reasoning(text, answers)
+        marked = MarkedText(text=text, supervised=tuple(answers), left_out=tuple(left_out))
+        return placeholders.restore(marked, where)
 
-    def render(self, record: Record) -> tuple[str, list[Span]]:
-        """The conversation as text, and the character spans that the assistant wrote."""
-        whole = self._template(record, record.messages, generation_prompt=False)
-        spans: list[Span] = []
-        for index, message in enumerate(record.messages):
-            if message["role"] != "assistant":
-                continue
-            if index == 0:
-                raise RecordError(f"{record.where}: the conversation opens with an assistant turn, nothing prompts it")
-            before = self._template(record, record.messages[:index], generation_prompt=True)
-            upto = self._template(record, record.messages[: index + 1], generation_prompt=False)
-            for name, prefix in (("the prompt of", before), ("the conversation up to", upto)):
-                if not whole.startswith(prefix):
-                    at = next((i for i, (a, b) in enumerate(zip(whole, prefix, strict=False)) if a != b), len(whole))
-                    around = slice(max(0, at - 30), at + 30)
-                    raise RecordError(
-                        f"{record.where}: the chat template rewrites history: {name} turn {index} renders as "
-                        f"…{prefix[around]!r} but the whole as …{whole[around]!r}",
-                        next_step="set chat_template_kwargs so that the template keeps earlier turns, "
-                        "or split the conversation at its assistant turns",
-                    )
-            spans.append((len(before), len(before) + self._length_to_end_of_turn(upto[len(before) :])))
-        return whole, spans
+    def _wanted_turns(self, chat: Chat) -> list[int]:
+        turns = [index for index, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+        if self._settings.supervise == "last_turn":
+            turns = turns[-1:]
+        return [index for index in turns if is_supervised(chat.messages[index])]
 
-    def _length_to_end_of_turn(self, turn: str) -> int:
-        found = self._end_of_turn.search(turn) if self._end_of_turn else None
-        return found.end() if found else len(turn)
+    def _wanted_marks(self, marks: list[Span], chat: Chat, where: str) -> list[Span]:
+        turns = [index for index, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+        wanted = self._wanted_turns(chat)
+        if wanted == turns:
+            return marks
+        if len(marks) != len(turns):
+            raise RecordError(
+                f"{where}: the chat template marks {len(marks)} spans as generated, but there are {len(turns)} turns "
+                "of the assistant: which belong to the turns that are to be supervised cannot be told",
+                next_step="set supervise: every_turn and leave `weight` away, or mend the template's marks",
+            )
+        return [marks[turns.index(index)] for index in wanted]
 
-    def _template(self, record: Record, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
+    def _answer(self, whole: str, chat: Chat, index: int, where: str) -> Span:
+        """Where turn `index` lies in the whole conversation."""
+        before, _ = self._render(_first_turns(chat, index), where, generation_prompt=True)
+        upto = whole
+        if index + 1 < len(chat.messages):
+            upto, _ = self._render(_first_turns(chat, index + 1), where)
+        for name, prefix in (("the prompt of", before), ("the conversation up to", upto)):
+            if not whole.startswith(prefix):
+                at = next((i for i, (a, b) in enumerate(zip(whole, prefix, strict=False)) if a != b), len(whole))
+                around = slice(max(0, at - AROUND_CHARACTERS), at + AROUND_CHARACTERS)
+                raise RecordError(
+                    f"{where}: the chat template rewrites history: {name} turn {index} renders as "
+                    f"…{prefix[around]!r} but the whole as …{whole[around]!r}",
+                    next_step="set supervise: last_turn, or chat_template_kwargs so that the template keeps earlier "
+                    "turns, or chat_template to one that has {% generation %} marks",
+                )
+        return len(before), len(before) + self._control.length_to_end_of_turn(upto[len(before) :])
+
+    def _render(
+        self, chat: Chat, where: str, *, generation_prompt: bool = False, marks: bool = False
+    ) -> tuple[str, list[Span]]:
+        if not chat.messages:
+            raise RecordError(f"{where}: the conversation opens with an assistant turn, nothing prompts it")
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
+            rendered: Any = render_jinja_template(  # its annotations say str
+                conversations=[chat.messages],
+                tools=chat.tools,  # pyright: ignore[reportArgumentType]
+                chat_template=self._template,
+                return_assistant_tokens_mask=marks,
                 add_generation_prompt=generation_prompt,
-                **self._settings.chat_template_kwargs,
+                **self._variables,
             )
         except Exception as error:  # templates raise whatever they like, also by `raise_exception`
-            raise RecordError(f"{record.where}: the chat template failed: {type(error).__name__}: {error}") from error
+            raise RecordError(f"{where}: the chat template failed: {type(error).__name__}: {error}") from error
+        texts, spans = rendered
+        return texts[0], list(chain(*spans))
 
-    def _encode(self, texts: list[str]) -> list[Any]:
-        # The template writes the special tokens itself, BOS included.
-        return self._tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    def _reasoning(self, text: str, answers: list[Span]) -> Iterator[Span]:
+        """What lies between the reasoning tags, and the tags; the prompt of an answer may already have opened them."""
+        opening, closing = self._settings.reasoning_tags
+        for begin, end in answers:
+            opened = begin if text[:begin].rstrip().endswith(opening) else text.find(opening, begin, end)
+            while opened >= 0:
+                closed = text.find(closing, opened, end)
+                stop = end if closed < 0 else closed + len(closing)
+                yield opened, stop
+                opened = text.find(opening, stop, end)
 
-    def _row(self, record: Record, text: str, spans: list[Span], encoding: Any, prompt_ids: list[int]) -> Row:
-        ids = encoding.ids
-        mask = self._mask(ids, encoding.offsets, text, spans)
-        if mask is None or ids[: len(prompt_ids)] != prompt_ids:
-            ids, mask = self._encode_pieces(record, text, spans, encoding)
-        if mask and mask[0]:
-            raise RecordError(f"{record.where}: the first token would be supervised, but nothing precedes it")
-        return Row(
-            sample_id=record.sample_id,
-            input_ids_L=np.asarray(ids, dtype=np.int32),
-            label_mask_L=np.asarray(mask, dtype=np.bool_),
-        )
 
-    def _encode_pieces(self, record: Record, text: str, spans: list[Span], whole: Any) -> tuple[list[int], list[bool]]:
-        """Cut where answers begin and, where that is not enough, also where they end."""
-        begins = {begin for begin, _ in spans}
-        for cuts in (begins, begins.union(end for _, end in spans)):
-            borders = sorted({0, *cuts, len(text)})
-            ids: list[int] = []
-            offsets: list[Span] = []
-            for shift, piece in zip(borders, self._encode([text[a:b] for a, b in pairwise(borders)]), strict=False):
-                ids += piece.ids
-                offsets += [(start + shift, stop + shift) for start, stop in piece.offsets]
-            mask = self._mask(ids, offsets, text, spans)
-            if mask is not None and self._decode(ids) == self._decode(whole.ids):
-                return ids, mask
-        raise RecordError(
-            f"{record.where}: a token straddles the border of an assistant turn, and this tokenizer does not "
-            "give the same text back when the turns are tokenized on their own",
-            next_step="let the chat template put a special token or a line feed before the answer",
-        )
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
-
-    def _mask(self, ids: list[int], offsets: list[Span], text: str, spans: list[Span]) -> list[bool] | None:
-        """Which tokens lie inside a span; None where one straddles a border.
-
-        Tokenizers may trim white space from a token's offsets.  What lies between two tokens belongs to the latter.
-        An end-of-turn token may swallow the white space behind it (Phi-3's `<|end|>`); it is the turn's all the same.
-        """
-        if not offsets:
-            return []
-        starts, stops = np.asarray(offsets, dtype=np.int64).T
-        starts = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(stops)[:-1]]))
-        mask = np.zeros(len(starts), dtype=np.bool_)
-        for begin, end in spans:
-            inside = (starts < end) & (stops > begin)
-            for index in np.flatnonzero(inside & ((starts < begin) | (stops > end))):
-                special = self._special.get(ids[index])
-                if starts[index] < begin or special is None or not text.endswith(special, begin, end):
-                    return None
-            mask |= inside
-        return mask.tolist()
-
-    def _is_kept(self, row: Row, record: Record, tally: Tally) -> bool:
-        exceeded = [f"{name} is {limit}" for name, limit in self._limits.items() if row.num_tokens > limit]
-        if exceeded:
-            if self._settings.on_too_long == "error":
-                raise RecordError(
-                    f"{record.where}: {row.num_tokens} tokens, but {' and '.join(exceeded)}",
-                    next_step="set data.on_too_long: drop to leave such rows out and count them",
-                )
-            tally.dropped_too_long += 1
-            return False
-        if not row.num_positions:
-            tally.dropped_no_label += 1
-            return False
-        return True
+def _first_turns(chat: Chat, number: int) -> Chat:
+    return Chat(messages=chat.messages[:number], tools=chat.tools)

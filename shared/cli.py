@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import os
 import signal
 import sys
@@ -73,7 +74,7 @@ def emit(result: dict[str, Any], lines: list[str], *, as_json: bool) -> None:
 def run_command(group: click.Command) -> None:
     """Run a command and leave the process with the exit code of what happened."""
     try:
-        with _sigterm_interrupts():
+        with _sigterm_interrupts(), _log_on_stderr():
             code = group.main(standalone_mode=False)
     except click.exceptions.Exit as end:
         code = end.exit_code
@@ -117,3 +118,22 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+class _EchoHandler(logging.Handler):
+    """Looks up standard error for each line, so that a progress bar can keep out of its way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Shows what the toolkit has to say while it works."""
+    logger, handler = logging.getLogger("logitferry"), _EchoHandler()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

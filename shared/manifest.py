@@ -70,7 +70,7 @@ class Manifest(Settings):
     vocab_size: int = Field(ge=1, le=1 << 24)
     """V: every id is below it."""
     tokenizer_fingerprint: str
-    chat_template_sha256: str
+    chat_template_sha256: str | None
     keep: dict[str, Any]
     temperatures: list[float] = Field(min_length=1)
     input: Input

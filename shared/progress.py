@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -14,7 +15,7 @@ LINE_INTERVAL_S = 30.0
 class Ticker:
     """Counts units of work done and shows them."""
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
         self._label, self._total, self._unit = label, total, unit
         self._done = 0
         self._start_s = self._last_line_s = time.monotonic()
@@ -28,9 +29,14 @@ class Ticker:
         elif (now := time.monotonic()) - self._last_line_s >= LINE_INTERVAL_S:
             self._last_line_s = now
             rate = self._done / (now - self._start_s)
-            left_s = (self._total - self._done) / rate if rate else float("inf")
-            line = f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.3g}/s, {left_s:.0f} s left"
+            line = f"{self._label}: {self._done}{self._of_total(rate)}"
             print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
+
+    def _of_total(self, rate: float) -> str:
+        if self._total is None:
+            return f" {self._unit}, {rate:.3g}/s"
+        left_s = (self._total - self._done) / rate if rate else float("inf")
+        return f"/{self._total} {self._unit}, {rate:.3g}/s, {left_s:.0f} s left"
 
     def _show_bar(self) -> Progress:
         self._bar = Progress(
@@ -41,6 +47,7 @@ class Ticker:
             _RateColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
         )
         self._bar.add_task(self._label, total=self._total, note="")
         return self._bar
@@ -52,8 +59,8 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Ticker]:
-    """A ticker for the length of a `with` block."""
+def progress(label: str, total: int | None, unit: str) -> Iterator[Ticker]:
+    """A ticker for the length of a `with` block; `total` is None where nobody knows it beforehand."""
     ticker = Ticker(label, total, unit)
     if sys.stderr.isatty():
         with ticker._show_bar():

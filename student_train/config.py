@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from shared.config import Settings
 from shared.models_config import ModelSettings
-from shared.records import TextSettings
+from shared.text_config import TextSettings
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 

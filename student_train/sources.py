@@ -4,6 +4,7 @@ Rows lie in blocks: the shards of a dataset, or equally long runs of text record
 can be checked before training starts: tokenizer, vocabulary, context, and that there are rows.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,13 +13,17 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
-from shared.chat import ChatEncoder, Tally
 from shared.dataset import LogitDataset
-from shared.errors import DamagedDataError, MismatchError, RecordError
+from shared.errors import DamagedDataError, MismatchError
 from shared.fingerprint import require_same_tokenizer
-from shared.records import read_records
+from shared.progress import progress
+from shared.records import RecordReader
 from shared.rows import Row
+from shared.text_config import TextSettings
+from shared.text_rows import Tally, TextRows
 from student_train.config import DataSettings
+
+logger = logging.getLogger("logitferry")
 
 TEXT_BLOCK_RECORDS = 512  # the default unit of a dump, so that text and its dataset are shuffled alike
 
@@ -101,15 +106,20 @@ def open_source(settings: DataSettings, tokenizer: Any, *, vocab_size: int, cont
     if settings.dataset is not None:
         return _open_dataset(settings.dataset, tokenizer.backend_tokenizer, vocab_size, context_tokens)
     assert settings.text is not None
-    encoder = ChatEncoder(tokenizer, settings.text, context_tokens=context_tokens)
-    tally, blocks = Tally(), []
-    records = read_records(settings.text)
-    while batch := list(islice(records, TEXT_BLOCK_RECORDS)):
-        blocks.append(list(encoder.rows(batch, tally)))
-    if not tally.rows:
-        raise RecordError(f"{', '.join(settings.text.files)}: none of {tally.records} records gives a row")
+    return _read_text(settings.text, tokenizer, context_tokens)
+
+
+def _read_text(settings: TextSettings, tokenizer: Any, context_tokens: int | None) -> TextSource:
+    reader, tally, blocks = RecordReader(settings), Tally(), []
+    records = reader.records()
+    with TextRows(tokenizer, settings, context_tokens=context_tokens) as text, progress("read", None, "rows") as ticker:
+        while batch := list(islice(records, TEXT_BLOCK_RECORDS)):
+            blocks.append(list(text.rows(batch, tally)))
+            ticker.advance(len(blocks[-1]))
+    logger.info("read: %s", tally.summary())
+    tally.require_rows()
     return TextSource(
-        files=settings.text.files,
+        files=[file.name for file in reader.files],
         blocks=blocks,
         sample_ids=[[row.sample_id for row in block] for block in blocks],
         tally=tally,

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from shared.config import Settings
 from shared.manifest import is_temperature
 from shared.models_config import ModelSettings
-from shared.records import TextSettings
+from shared.text_config import TextSettings
 
 
 class TeacherSettings(ModelSettings):

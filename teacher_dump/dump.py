@@ -8,6 +8,7 @@ When all are done the dataset is sealed: tokenizer, card, and last of all the ma
 On a crash the open unit is lost and done again; nothing half-written is ever visible under its final name.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,18 +16,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from shared.chat import ChatEncoder, Tally
 from shared.config import Settings
 from shared.dataset import CARD_NAME, DATA_FOLDER, TOKENIZER_FOLDER, LogitDataset
-from shared.errors import ConfigError, MismatchError, RecordError
+from shared.errors import ConfigError, MismatchError
 from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_file, write_atomically
 from shared.fingerprint import sha256_of_text, tokenizer_fingerprint
 from shared.manifest import MANIFEST_NAME, Input, InputFile, Shard, write_manifest
 from shared.models import context_tokens, load_tokenizer
 from shared.progress import progress
-from shared.records import Record, TextSettings, read_records
+from shared.records import RecordReader
 from shared.rows import LogitRow, Row
 from shared.shards import encode_shard
+from shared.text_config import TextSettings
+from shared.text_rows import Tally, TextRows
 from teacher_dump.card import dataset_card
 from teacher_dump.config import DumpSettings, KeepSettings
 from teacher_dump.keep import KeepRule
@@ -34,6 +36,8 @@ from teacher_dump.plan import Plan, commit_plan
 from teacher_dump.transformers_engine import TransformersEngine
 
 WORK_FOLDER = ".logitferry"
+
+logger = logging.getLogger("logitferry")
 
 
 class UnitRecord(Settings):
@@ -56,34 +60,35 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
     (output / WORK_FOLDER).mkdir(exist_ok=True)
     tokenizer = load_tokenizer(settings.teacher)
     rule = keep_rule(settings.keep, tokenizer)
-    encoder = ChatEncoder(tokenizer, settings.data, context_tokens=context_tokens(settings.teacher))
-    tally, largest_id = _survey(settings.data, encoder)
-    engine = TransformersEngine(settings.teacher, rule, settings.temperatures)
-    vocab_size = engine.identity.vocab_size
-    largest_id = max(largest_id, *rule.always_ids, 0)
-    if largest_id >= vocab_size:
-        raise MismatchError(
-            f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {vocab_size}",
-            next_step="name the tokenizer that belongs to the teacher as teacher.tokenizer",
+    reader = RecordReader(settings.data)
+    with TextRows(tokenizer, settings.data, context_tokens=context_tokens(settings.teacher)) as text:
+        tally, largest_id = _survey(reader, text)
+        engine = TransformersEngine(settings.teacher, rule, settings.temperatures)
+        vocab_size = engine.identity.vocab_size
+        largest_id = max(largest_id, *rule.always_ids, 0)
+        if largest_id >= vocab_size:
+            raise MismatchError(
+                f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {vocab_size}",
+                next_step="name the tokenizer that belongs to the teacher as teacher.tokenizer",
+            )
+        plan = Plan(
+            teacher=engine.identity,
+            vocab_size=vocab_size,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.backend_tokenizer),
+            chat_template_sha256=sha256_of_text(tokenizer.chat_template) if tokenizer.chat_template else None,
+            keep=settings.keep.model_dump(mode="json"),
+            temperatures=settings.temperatures,
+            input=_input_identity(settings.data, reader, tally),
+            unit_records=settings.unit_records,
         )
-    plan = Plan(
-        teacher=engine.identity,
-        vocab_size=vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.backend_tokenizer),
-        chat_template_sha256=sha256_of_text(tokenizer.chat_template),
-        keep=settings.keep.model_dump(mode="json"),
-        temperatures=settings.temperatures,
-        input=_input_identity(settings.data, tally),
-        unit_records=settings.unit_records,
-    )
-    if (output / MANIFEST_NAME).is_file():
-        sealed = LogitDataset.open(output)
-        plan.require_same(sealed.manifest.model_dump(mode="json"), output / MANIFEST_NAME)
-        shutil.rmtree(output / WORK_FOLDER)
-        return sealed
-    commit_plan(plan, output / WORK_FOLDER)
-    shards = [shard for shard in _dump_units(plan, settings, encoder, engine) if shard is not None]
-    if _input_identity(settings.data, tally) != plan.input:
+        if (output / MANIFEST_NAME).is_file():
+            sealed = LogitDataset.open(output)
+            plan.require_same(sealed.manifest.model_dump(mode="json"), output / MANIFEST_NAME)
+            shutil.rmtree(output / WORK_FOLDER)
+            return sealed
+        commit_plan(plan, output / WORK_FOLDER)
+        shards = [shard for shard in _dump_units(output, plan, reader, text, engine) if shard is not None]
+    if _input_identity(settings.data, reader, tally) != plan.input:
         raise MismatchError(
             f"{', '.join(settings.data.files)} changed while they were read: the dump is of neither version",
             next_step=f"remove {output} and dump again from files that stay as they are",
@@ -104,42 +109,39 @@ def keep_rule(settings: KeepSettings, tokenizer: Any) -> KeepRule:
     return KeepRule(k=settings.k, min_prob=settings.min_prob, always_ids=tuple(sorted(ids)))
 
 
-def _survey(settings: TextSettings, encoder: ChatEncoder) -> tuple[Tally, int]:
+def _survey(reader: RecordReader, text: TextRows) -> tuple[Tally, int]:
     """Tokenize everything once: counts, the largest id, and every bad record before anything is run."""
     tally, largest_id = Tally(), -1
-    for row in encoder.rows(read_records(settings), tally):
-        largest_id = max(largest_id, int(row.input_ids_L.max()))
-    if not tally.rows:
-        raise RecordError(
-            f"none of the {tally.records} records of {', '.join(settings.files)} gives a row: "
-            f"{tally.dropped_too_long} are too long, {tally.dropped_no_label} have no supervised token"
-        )
+    with progress("read", None, "rows") as ticker:
+        for row in text.rows(reader.records(), tally):
+            largest_id = max(largest_id, int(row.input_ids_L.max()))
+            ticker.advance()
+    logger.info("read: %s", tally.summary())
+    tally.require_rows()
     return tally, largest_id
 
 
-def _input_identity(settings: TextSettings, tally: Tally) -> Input:
-    files = [InputFile(name=Path(name).name, sha256=sha256_of_file(Path(name))) for name in settings.files]
-    return Input(files=files, settings=settings.model_dump(mode="json", exclude={"files"}), tally=asdict(tally))
+def _input_identity(settings: TextSettings, reader: RecordReader, tally: Tally) -> Input:
+    files = [InputFile(name=Path(file.name).name, sha256=file.sha256()) for file in reader.files]
+    # Not how many processes tokenize, which changes nothing.
+    read_with = settings.model_dump(mode="json", exclude={"files", "processes"})
+    return Input(files=files, settings=read_with, tally=asdict(tally))
 
 
 def _dump_units(
-    plan: Plan, settings: DumpSettings, encoder: ChatEncoder, engine: TransformersEngine
+    output: Path, plan: Plan, reader: RecordReader, text: TextRows, engine: TransformersEngine
 ) -> Iterator[Shard | None]:
-    """The shard of every unit in order, dumped now or found done; None for a unit all of whose rows were dropped."""
-    output = Path(settings.output)
-    records = read_records(settings.data)
+    """The shard of every unit in order, dumped now or found done; None for a unit that has no row."""
+    records = reader.records()
     with progress("dump", plan.input.tally["records"], "records") as ticker:
         for unit in range(plan.num_units):
             batch = list(islice(records, plan.unit_records))
             done = _read_unit_record(output, unit)
-            yield done.shard if done else _dump_unit(output, plan, unit, batch, encoder, engine)
+            yield done.shard if done else _dump_unit(output, plan, unit, list(text.rows(batch, Tally())), engine)
             ticker.advance(len(batch))
 
 
-def _dump_unit(
-    output: Path, plan: Plan, unit: int, records: list[Record], encoder: ChatEncoder, engine: TransformersEngine
-) -> Shard | None:
-    rows = list(encoder.rows(records, Tally()))
+def _dump_unit(output: Path, plan: Plan, unit: int, rows: list[Row], engine: TransformersEngine) -> Shard | None:
     shard = _write_shard(output, plan, unit, rows, engine) if rows else None
     write_atomically(_unit_record_path(output, unit), UnitRecord(shard=shard).model_dump_json().encode())
     return shard

@@ -18,7 +18,7 @@ class Plan(Settings):
     teacher: Teacher
     vocab_size: int
     tokenizer_fingerprint: str
-    chat_template_sha256: str
+    chat_template_sha256: str | None
     keep: dict[str, Any]
     temperatures: list[float]
     input: Input

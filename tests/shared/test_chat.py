@@ -12,9 +12,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.chat import ENCODE_BATCH_RECORDS, ChatEncoder, Tally
 from shared.errors import MismatchError, RecordError
-from shared.records import Record, TextSettings
+from shared.layout import Chat
+from shared.records import Record
+from shared.text_config import TextSettings
+from shared.text_rows import ENCODE_BATCH_RECORDS, Tally, TextRows
 from tests.tiny import CHATML, SENTENCES, make_tokenizer
 
 # Both end the prompt in white space that a byte-level tokenizer likes to merge with what follows.
@@ -29,13 +31,17 @@ FORGETS_THINKING = CHATML.replace(
 )
 
 
+def chat(*turns: tuple[str, str]) -> Chat:
+    return Chat(messages=[{"role": role, "content": text} for role, text in turns])
+
+
 def record(*turns: tuple[str, str], where: str = "chat.jsonl:1") -> Record:
-    return Record(sample_id="id", messages=[{"role": role, "content": text} for role, text in turns], where=where)
+    return Record(sample_id="id", content=chat(*turns), where=where)
 
 
 def rows(tokenizer, *records, context_tokens=None, **settings):
     tally = Tally()
-    encoder = ChatEncoder(tokenizer, TextSettings(files=["-"], **settings), context_tokens=context_tokens)
+    encoder = TextRows(tokenizer, TextSettings(files=["-"], **settings), context_tokens=context_tokens)
     return list(encoder.rows(records, tally)), tally
 
 
@@ -257,7 +263,7 @@ def test_render_refuses_a_template_that_rewrites_history_and_shows_both_texts(tm
     assert "two and three</think>" in renders
     assert "assistant\\nfive<|im_end|>" in whole
     assert "</think>" not in whole.split("\n")[0]
-    assert "next: set chat_template_kwargs" in message
+    assert "next: set supervise: last_turn, or chat_template_kwargs" in message
 
 
 def test_render_refuses_a_generation_prompt_that_the_conversation_lacks(tmp_path):
@@ -289,7 +295,7 @@ def test_rows_refuse_a_record_that_is_too_long_and_say_which_limit(tokenizer):
     turns = ("user", "two"), ("assistant", "five")
     num_tokens = row_of(tokenizer, *turns).num_tokens
     assert row_of(tokenizer, *turns, max_tokens=num_tokens, context_tokens=num_tokens).num_tokens == num_tokens
-    with pytest.raises(RecordError, match=rf"chat\.jsonl:1: {num_tokens} tokens, but data\.max_tokens is 5\n  next:"):
+    with pytest.raises(RecordError, match=rf"chat\.jsonl:1: {num_tokens} tokens, but max_tokens is 5\n  next:"):
         row_of(tokenizer, *turns, max_tokens=5)
     with pytest.raises(RecordError, match=f"but the model's context is {num_tokens - 1}\n"):
         row_of(tokenizer, *turns, context_tokens=num_tokens - 1)
@@ -309,7 +315,7 @@ def test_rows_drop_and_count_what_is_too_long_or_has_no_answer(tokenizer):
 def test_encoder_refuses_a_tokenizer_without_a_template(tmp_path):
     tokenizer = with_template(make_tokenizer(tmp_path), "")
     with pytest.raises(MismatchError, match=r"has no chat template\n  next: put one chat_template\.jinja"):
-        ChatEncoder(tokenizer, TextSettings(files=["-"]))
+        row_of(tokenizer, ("user", "a"), ("assistant", "b"))
 
 
 def test_encoder_refuses_a_tokenizer_without_character_offsets():
@@ -317,7 +323,7 @@ def test_encoder_refuses_a_tokenizer_without_character_offsets():
         name_or_path = "old/one"
 
     with pytest.raises(MismatchError, match=r"'old/one' has no tokenizer\.json"):
-        ChatEncoder(Slow(), TextSettings(files=["-"]))
+        TextRows(Slow(), TextSettings(files=["-"]))
 
 
 CONTENTS = st.text(
@@ -365,12 +371,12 @@ def test_encoder_refuses_a_template_that_reads_the_clock_until_it_is_given_a_dat
     clock = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n" + CHATML
     tokenizer = make_tokenizer(tmp_path, template=clock)
     with pytest.raises(MismatchError, match="reads the clock"):
-        ChatEncoder(tokenizer, TextSettings(files=["f"]))
-    ChatEncoder(tokenizer, TextSettings(files=["f"], chat_template_kwargs={"date_string": "26 Jul 2024"}))
+        row_of(tokenizer, ("user", "a"), ("assistant", "b"))
+    row_of(tokenizer, ("user", "a"), ("assistant", "b"), chat_template_kwargs={"date_string": "26 Jul 2024"})
 
 
 def test_encoder_refuses_a_tokenizer_with_several_templates(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML}
     with pytest.raises(MismatchError, match="has several chat templates"):
-        ChatEncoder(tokenizer, TextSettings(files=["f"]))
+        row_of(tokenizer, ("user", "a"), ("assistant", "b"))

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.chat import Tally
 from shared.errors import ConfigError, DamagedDataError, MismatchError
+from shared.layout import Chat
 from shared.models import load_tokenizer
 from shared.models_config import ModelSettings
 from shared.records import content_id
 from shared.rows import Row
+from shared.text_rows import Tally
 from student_train.config import DataSettings
 from student_train.sources import TextSource, open_source
 from student_train.stream import Stream, is_held_out
@@ -79,7 +80,7 @@ def test_training_and_held_out_rows_share_nothing(fraction: float):
 
 
 def test_repeats_of_one_content_are_never_split():
-    digest = content_id([{"role": "user", "content": "Hello?"}])
+    digest = content_id(Chat(messages=[{"role": "user", "content": "Hello?"}]))
     assert {is_held_out(f"{digest}{suffix}", 0.5) for suffix in ("", "#2", "#3", "#17")} in ({True}, {False})
 
 

@@ -1,0 +1,201 @@
+"""Marked text to token ids and a label mask, by the tokenizer's character offsets.
+
+A text is tokenized as a whole, unless one of its prompts alone gives other tokens, as where a token would straddle
+the beginning of an answer.  Then it is cut where answers begin and the pieces are tokenized on their own, as at
+inference, where the prompt is tokenized before the answer exists; and where a token still straddles an end, it is
+cut there too.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from shared.control_tokens import ControlTokens
+from shared.errors import RecordError
+from shared.marked_text import MarkedText, Span
+from shared.rows import Bool, Int32
+
+CACHED_PROMPT_ENDS = 4096
+
+
+class Tokenized:
+    """L token ids and the characters that each stands for: offsets [L, 2], and [starts_L, stops_L) made of them.
+
+    Tokenizers may trim white space from a token's offsets.  What lies between two tokens belongs to the latter.
+    """
+
+    def __init__(self, ids_L: Any, offsets_L2: Any) -> None:
+        self.ids_L: Int32 = np.asarray(ids_L, dtype=np.int32)
+        self.offsets_L2 = np.asarray(offsets_L2, dtype=np.int64).reshape(-1, 2)
+        starts_L, self.stops_L = self.offsets_L2.T
+        self.starts_L = np.minimum(starts_L, np.concatenate([[0], np.maximum.accumulate(self.stops_L)])[:-1])
+
+    def __len__(self) -> int:
+        return len(self.ids_L)
+
+    def touching(self, span: Span) -> Bool:
+        """Which tokens have a character of the span."""
+        return (self.starts_L < span[1]) & (self.stops_L > span[0])
+
+    @staticmethod
+    def joined(parts: "Iterable[tuple[int, Tokenized]]") -> "Tokenized":
+        """One after the other; each comes with the place where its text begins."""
+        parts = list(parts)
+        return Tokenized(
+            np.concatenate([part.ids_L for _, part in parts]),
+            np.concatenate([part.offsets_L2 + begin for begin, part in parts]),
+        )
+
+    def part(self, begin: int, end: int) -> "Tokenized":
+        """The tokens [begin, end), at the places that they have here."""
+        return Tokenized(self.ids_L[begin:end], self.offsets_L2[begin:end])
+
+
+class SpanTokenizer:
+    """Tokenizes marked text with a tokenizer that is backed by the `tokenizers` library."""
+
+    def __init__(self, tokenizer: Any, control: ControlTokens) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        # A tokenizer.json may come with truncation or padding switched on, which would change rows in silence.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._control = control
+        vocab_size = 1 + max(tokenizer.get_vocab().values())
+        self._is_control_V = _marked_ids(control.by_id, vocab_size)
+        self._is_added_V = self._is_control_V | _marked_ids(tokenizer.added_tokens_decoder, vocab_size)
+        self._cached_ids = lru_cache(CACHED_PROMPT_ENDS)(lambda text: self._tokenize(text).ids_L)
+
+    def label(self, texts: Sequence[tuple[str, MarkedText]]) -> list[tuple[Int32, Bool] | RecordError]:
+        """Ids and label mask of each text, or why there are none; a text comes with its place in the files.
+
+        A RecordError is for a token that straddles the border of an answer where cutting it changes the text, and
+        for a control token that the tokenizer cannot spell out.  Special tokens are the template's to write, BOS
+        included.
+        """
+        encodings = self._backend.encode_batch([marked.text for _, marked in texts], add_special_tokens=False)
+        results: list[tuple[Int32, Bool] | RecordError] = []
+        for (where, marked), encoding in zip(texts, encodings, strict=True):
+            try:
+                results.append(self._label(marked, Tokenized(encoding.ids, encoding.offsets), where))
+            except RecordError as error:
+                results.append(error)
+        return results
+
+    def _label(self, marked: MarkedText, whole: Tokenized, where: str) -> tuple[Int32, Bool]:
+        tokenized = whole = self._spelt_out(whole, marked, where)
+        mask_L = self._mask(whole, marked)
+        if mask_L is None or not self._prompts_agree(whole, marked, where):
+            tokenized, mask_L = self._in_pieces(marked, whole, where)
+        for span in marked.left_out:
+            mask_L &= ~tokenized.touching(span)
+        return tokenized.ids_L, mask_L
+
+    def _mask(self, tokenized: Tokenized, marked: MarkedText) -> Bool | None:
+        """Which tokens lie inside a span; None where one straddles a border.
+
+        An end-of-turn token may swallow the white space behind it (Phi-3's `<|end|>`); it is the turn's all the same.
+        """
+        mask_L = np.zeros(len(tokenized), dtype=np.bool_)
+        for begin, end in marked.supervised:
+            inside_L = tokenized.touching((begin, end))
+            straddling_L = inside_L & ((tokenized.starts_L < begin) | (tokenized.stops_L > end))
+            for index in np.flatnonzero(straddling_L):
+                control = self._control.by_id.get(int(tokenized.ids_L[index]))
+                starts_before = tokenized.starts_L[index] < begin
+                if starts_before or control is None or not marked.text.endswith(control, begin, end):
+                    return None
+            mask_L |= inside_L
+        return mask_L
+
+    def _prompts_agree(self, whole: Tokenized, marked: MarkedText, where: str) -> bool:
+        """Is what precedes each answer tokenized as it is without the answer?
+
+        Added tokens are cut out of a text before anything else is done with it, so the piece from the last of them on
+        decides; where a tokenizer does something else at the beginning of a text, the whole prompt does.
+        """
+        added_at = np.flatnonzero(self._is_added_V[whole.ids_L])
+        for answer, _ in marked.supervised:
+            end = int(np.searchsorted(whole.stops_L, answer, side="right"))
+            last = int(np.searchsorted(added_at, end)) - 1
+            first = int(added_at[last]) + 1 if last >= 0 else 0
+            begins = {first: int(whole.stops_L[first - 1]) if first else 0, 0: 0}
+            if not any(
+                np.array_equal(self._prompt_ids(marked, begin, answer, where), whole.ids_L[token:end])
+                for token, begin in begins.items()
+            ):
+                return False
+        return True
+
+    def _prompt_ids(self, marked: MarkedText, begin: int, end: int, where: str) -> Int32:
+        if any(start < end and stop > begin for start, stop in marked.literal):
+            return self._piece(marked, begin, end, where).ids_L
+        return self._cached_ids(marked.text[begin:end])
+
+    def _in_pieces(self, marked: MarkedText, whole: Tokenized, where: str) -> tuple[Tokenized, Bool]:
+        """Cut where answers begin and, where that is not enough, also where they end."""
+        begins = {begin for begin, _ in marked.supervised}
+        for cuts in (begins, begins.union(end for _, end in marked.supervised)):
+            borders = sorted({0, *cuts, len(marked.text)})
+            pieces = [(begin, self._piece(marked, begin, end, where)) for begin, end in pairwise(borders)]
+            tokenized = Tokenized.joined(pieces)
+            mask_L = self._mask(tokenized, marked)
+            if mask_L is not None and self._decode(tokenized) == self._decode(whole):
+                return tokenized, mask_L
+        raise RecordError(
+            f"{where}: a token straddles the border of an assistant turn, and this tokenizer does not "
+            "give the same text back when the turns are tokenized on their own",
+            next_step="let the chat template put a special token or a line feed before the answer",
+        )
+
+    def _piece(self, marked: MarkedText, begin: int, end: int, where: str) -> Tokenized:
+        literal = tuple((start - begin, stop - begin) for start, stop in marked.literal if begin <= start < end)
+        piece = MarkedText(text=marked.text[begin:end], supervised=(), literal=literal)
+        return self._spelt_out(self._tokenize(piece.text), piece, where)
+
+    def _spelt_out(self, tokenized: Tokenized, marked: MarkedText, where: str) -> Tokenized:
+        """Control tokens that the text spells out as text: all is done again between the real ones around them."""
+        if not marked.literal:
+            return tokenized
+        is_literal_L = np.any([tokenized.touching(span) for span in marked.literal], axis=0)
+        real = np.flatnonzero(self._is_control_V[tokenized.ids_L] & ~is_literal_L).tolist()
+        parts: list[tuple[int, Tokenized]] = []
+        for before, behind in pairwise([-1, *real, len(tokenized)]):
+            begin = int(tokenized.stops_L[before]) if before >= 0 else 0
+            end = int(tokenized.starts_L[behind]) if behind < len(tokenized) else len(marked.text)
+            if is_literal_L[before + 1 : behind].any():
+                parts.append((begin, self._tokenize_all_as_text(marked.text[begin:end])))
+            else:
+                parts.append((0, tokenized.part(before + 1, behind)))
+            parts.append((0, tokenized.part(behind, behind + 1)))
+        result = Tokenized.joined(parts)
+        num_control = int(self._is_control_V[result.ids_L].sum())
+        if num_control != len(real) or self._decode(result) != self._decode(tokenized):
+            spelt = sorted({marked.text[begin:end] for begin, end in marked.literal})
+            raise RecordError(
+                f"{where}: spells out {', '.join(spelt)}, which this tokenizer cannot tokenize as text",
+                next_step="take it out of the record, or let it keep its meaning: control_tokens: [...]",
+            )
+        return result
+
+    def _tokenize_all_as_text(self, text: str) -> Tokenized:
+        self._backend.encode_special_tokens = True
+        try:
+            return self._tokenize(text)
+        finally:
+            self._backend.encode_special_tokens = False
+
+    def _tokenize(self, text: str) -> Tokenized:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return Tokenized(encoding.ids, encoding.offsets)
+
+    def _decode(self, tokenized: Tokenized) -> str:
+        return self._backend.decode(tokenized.ids_L.tolist(), skip_special_tokens=False)
+
+
+def _marked_ids(ids: Iterable[int], vocab_size: int) -> Bool:
+    marks_V = np.zeros(vocab_size, dtype=np.bool_)
+    marks_V[list(ids)] = True
+    return marks_V
