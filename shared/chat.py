@@ -9,7 +9,7 @@ behind it is not the assistant's.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from shared.turns import is_supervised
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 AROUND_CHARACTERS = 30
+CONTENT_END_CHARACTERS = 20
 
 
 def use_chat_template(tokenizer: Any, settings: TextSettings) -> None:
@@ -78,35 +79,44 @@ class ChatRenderer:
         shown = Chat(messages=hidden["messages"], tools=hidden["tools"])
         if self._settings.supervise == "everything":
             text, _ = self._render(shown, where)
-            answers = [(0, len(text))]
-        elif self._has_marks:
-            text, marks = self._render(shown, where, marks=True)
-            answers = self._wanted_marks(marks, chat, where)
+            marked = MarkedText(text=text, supervised=((0, len(text)),))
         else:
-            text, _ = self._render(shown, where)
-            answers = [self._answer(text, shown, index, where) for index in self._wanted_turns(chat)]
-        left_out = () if self._settings.supervise_reasoning else self._reasoning(text, answers)
-        marked = MarkedText(text=text, supervised=tuple(answers), left_out=tuple(left_out))
+            turns = self._wanted_turns(chat)
+            text, marks = self._render(shown, where, marks=self._has_marks)
+            if self._has_marks:
+                answers = self._marked_answers(text, marks, shown, turns, where)
+            else:
+                answers = [[self._answer(text, shown, index, where)] for index in turns]
+            spans = tuple(chain(*answers))
+            marked = MarkedText(
+                text=text,
+                supervised=spans,
+                left_out=() if self._settings.supervise_reasoning else tuple(self._reasoning(text, spans)),
+                reworded=self._are_reworded(text, answers, [shown.messages[index] for index in turns], where),
+            )
         return placeholders.restore(marked, where)
 
     def _wanted_turns(self, chat: Chat) -> list[int]:
-        turns = [index for index, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+        turns = _assistant_turns(chat)
         if self._settings.supervise == "last_turn":
             turns = turns[-1:]
         return [index for index in turns if is_supervised(chat.messages[index])]
 
-    def _wanted_marks(self, marks: list[Span], chat: Chat, where: str) -> list[Span]:
-        turns = [index for index, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
-        wanted = self._wanted_turns(chat)
-        if wanted == turns:
-            return marks
+    def _marked_answers(
+        self, text: str, marks: list[Span], chat: Chat, wanted: list[int], where: str
+    ) -> list[list[Span]]:
+        """The template's marks that belong to each wanted turn; a template may put several on one."""
+        turns = _assistant_turns(chat)
+        if wanted == turns and len(marks) != len(turns):
+            return [marks] if turns else []
         if len(marks) != len(turns):
-            raise RecordError(
-                f"{where}: the chat template marks {len(marks)} spans as generated, but there are {len(turns)} turns "
-                "of the assistant: which belong to the turns that are to be supervised cannot be told",
-                next_step="set supervise: every_turn and leave `weight` away, or mend the template's marks",
-            )
-        return [marks[turns.index(index)] for index in wanted]
+            begins = [self._answer(text, chat, index, where)[0] for index in turns]
+            return [
+                [mark for mark in marks if begin <= mark[0] < end]
+                for index, begin, end in zip(turns, begins, [*begins[1:], len(text)], strict=True)
+                if index in wanted
+            ]
+        return [[marks[turns.index(index)]] for index in wanted]
 
     def _answer(self, whole: str, chat: Chat, index: int, where: str) -> Span:
         """Where turn `index` lies in the whole conversation."""
@@ -125,6 +135,26 @@ class ChatRenderer:
                     "turns, or chat_template to one that has {% generation %} marks",
                 )
         return len(before), len(before) + self._control.length_to_end_of_turn(upto[len(before) :])
+
+    def _are_reworded(self, text: str, answers: list[list[Span]], turns: list[dict[str, Any]], where: str) -> bool:
+        """Is what the record's turns say not all in their answers, white space apart?  Reasoning is often dropped.
+
+        Raises:
+            RecordError: a turn's end is not even there: the template reads contents of another form, or ignores them.
+        """
+        contents = [_squeezed(turn["content"] or "") for turn in turns]
+        told = [_squeezed("".join(text[begin:end] for begin, end in spans)) for spans in answers]
+        if len(told) != len(contents):
+            told = ["".join(told)] * len(contents)
+        for content, answer in zip(contents, told, strict=True):
+            end = content.split(self._settings.reasoning_tags[1])[-1][-CONTENT_END_CHARACTERS:]
+            if end not in answer:
+                raise RecordError(
+                    f"{where}: the chat template leaves out what the assistant says: "
+                    f"…{end!r} is not in …{answer[-2 * CONTENT_END_CHARACTERS :]!r}",
+                    next_step="look at the template; chat_template names another",
+                )
+        return any(content not in answer for content, answer in zip(contents, told, strict=True))
 
     def _render(
         self, chat: Chat, where: str, *, generation_prompt: bool = False, marks: bool = False
@@ -145,7 +175,7 @@ class ChatRenderer:
         texts, spans = rendered
         return texts[0], list(chain(*spans))
 
-    def _reasoning(self, text: str, answers: list[Span]) -> Iterator[Span]:
+    def _reasoning(self, text: str, answers: Sequence[Span]) -> Iterator[Span]:
         """What lies between the reasoning tags, and the tags; the prompt of an answer may already have opened them."""
         opening, closing = self._settings.reasoning_tags
         for begin, end in answers:
@@ -155,6 +185,14 @@ class ChatRenderer:
                 stop = end if closed < 0 else closed + len(closing)
                 yield opened, stop
                 opened = text.find(opening, stop, end)
+
+
+def _assistant_turns(chat: Chat) -> list[int]:
+    return [index for index, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _first_turns(chat: Chat, number: int) -> Chat:

@@ -51,6 +51,7 @@ class Placeholders:
             supervised=move(marked.supervised),
             left_out=move(marked.left_out),
             literal=tuple(literal),
+            reworded=marked.reworded,
         )
 
 
@@ -69,8 +70,7 @@ class ControlTokens:
         self.by_id: dict[int, str] = special | dict(zip(named, tokenizer.all_special_tokens, strict=True))
         spellings = set(self.by_id.values())
         allowed = spellings if settings.control_tokens == "all" else set(settings.control_tokens)
-        vocabulary = tokenizer.get_vocab()
-        unknown = sorted(token for token in allowed if token not in vocabulary)
+        unknown = sorted(token for token in allowed if tokenizer.backend_tokenizer.token_to_id(token) is None)
         if unknown:
             raise ConfigError(
                 f"control_tokens: the tokenizer has no token {unknown[0]!r}",

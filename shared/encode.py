@@ -1,6 +1,7 @@
 """Records to rows: render, tokenize, mark.  A pure function of records, so that several processes can do it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,19 @@ from shared.rows import Bool, Int32, Row
 from shared.span_tokenizer import SpanTokenizer
 from shared.text_config import TextSettings
 
-Encoded = Row | RecordError
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRow:
+    """A row, and what is odd about it."""
+
+    row: Row
+    reworded: bool = False
+    """The chat template has changed or shortened an answer."""
+    unended: bool = False
+    """The last answer ends without a control token, so that the student would not learn to stop there."""
+
+
+Encoded = EncodedRow | RecordError
 
 
 class BatchEncoder:
@@ -65,7 +78,7 @@ class BatchEncoder:
         for place, result in zip(marked, self._spans.label(list(marked.values())), strict=True):
             record = records[place]
             assert isinstance(record, Record)
-            encoded[place] = result if isinstance(result, RecordError) else self._row(record, *result)
+            encoded[place] = result if isinstance(result, RecordError) else self._row(record, marked[place][1], *result)
         return [encoded[place] for place in range(len(records))]
 
     def _mark(self, content: Chat | PlainText, where: str) -> MarkedText:
@@ -76,7 +89,7 @@ class BatchEncoder:
             self._renderer = ChatRenderer(self._tokenizer, self._settings, self._control)
         return self._renderer.render(content, where)
 
-    def _row(self, record: Record, ids_L: Int32, mask_L: Bool) -> Row | RecordError:
+    def _row(self, record: Record, marked: MarkedText, ids_L: Int32, mask_L: Bool) -> Encoded:
         if isinstance(record.content, PlainText):
             ids_L = self._with_ends(ids_L)
             mask_L = np.ones(len(ids_L), dtype=np.bool_)
@@ -84,13 +97,17 @@ class BatchEncoder:
             mask_L[:1] = False  # nothing precedes it
         if mask_L[:1].any():
             return RecordError(f"{record.where}: the first token would be supervised, but nothing precedes it")
-        return Row(sample_id=record.sample_id, input_ids_L=ids_L, label_mask_L=mask_L)
+        row = Row(sample_id=record.sample_id, input_ids_L=ids_L, label_mask_L=mask_L)
+        is_answer = isinstance(record.content, Chat) and self._settings.supervise != "everything"
+        unended = is_answer and bool(row.num_positions) and int(row.label_ids_P[-1]) not in self._control.by_id
+        return EncodedRow(row=row, reworded=marked.reworded, unended=unended)
 
-    def _ready_row(self, sample_id: str, tokens: Tokens, where: str) -> Row | RecordError:
+    def _ready_row(self, sample_id: str, tokens: Tokens, where: str) -> Encoded:
         largest, size = int(tokens.input_ids_L.max()), len(self._tokenizer)
         if largest >= size:
             return RecordError(f"{where}: token id {largest}, but the tokenizer has {size} tokens")
-        return Row(sample_id=sample_id, input_ids_L=tokens.input_ids_L, label_mask_L=tokens.label_mask_L)
+        row = Row(sample_id=sample_id, input_ids_L=tokens.input_ids_L, label_mask_L=tokens.label_mask_L)
+        return EncodedRow(row=row)
 
     def _around_text(self) -> tuple[list[int], list[int]]:
         """What the tokenizer itself puts before and behind a text, and the end of sequence that is asked for."""

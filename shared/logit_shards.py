@@ -7,6 +7,7 @@ import click
 from shared.cli import command_group, emit, json_option, run_command
 from shared.dataset import LogitDataset, verify
 from shared.errors import DamagedDataError
+from shared.manifest import losses_line
 from shared.progress import progress
 
 
@@ -51,11 +52,10 @@ def verify_command(dataset: str, as_json: bool) -> None:
 def _info_lines(dataset: str, info: dict[str, Any]) -> list[str]:
     teacher, keep = info["teacher"], info["keep"]
     revision = teacher["revision"] or (teacher["weights_sha256"] or "")[:16]
-    dropped = {name: count for name, count in info["input"]["tally"].items() if name.startswith("dropped") and count}
     return [
         f"{dataset}: format version {info['format_version']}, {info['shards']} shards, {info['size_bytes']:,} bytes",
         f"  rows        {info['rows']:,} with {info['tokens']:,} tokens, {info['positions']:,} positions"
-        + "".join(f"; {name.replace('_', ' ')}: {count:,}" for name, count in dropped.items()),
+        + losses_line(info["input"]["tally"]),
         f"  teacher     {teacher['name']} ({teacher['architecture']}, {teacher['dtype']}, {revision})",
         f"  tokenizer   {info['tokenizer_fingerprint'][:16]}…, vocabulary of {info['vocab_size']:,}",
         f"  kept        {', '.join(f'{name} {value}' for name, value in keep.items())}",

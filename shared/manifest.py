@@ -63,6 +63,14 @@ class Input(Settings):
     tally: dict[str, int]
 
 
+def losses_line(tally: dict[str, int]) -> str:
+    """For people: the counts of a tally that are about what went wrong, or nothing where nothing did."""
+    quiet = ("records", "rows", "tokens", "positions")
+    return "".join(
+        f"; {name.replace('_', ' ')}: {count:,}" for name, count in tally.items() if count and name not in quiet
+    )
+
+
 class Manifest(Settings):
     format_version: int
     created_by: str = f"logitferry {__version__}"

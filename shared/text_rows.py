@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from types import TracebackType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from shared.encode import BatchEncoder, Encoded
 from shared.encoder_pool import EncoderPool
 from shared.errors import RecordError
+from shared.manifest import losses_line
 from shared.raw_records import BadRecord
 from shared.records import Record
 from shared.rows import Row
@@ -17,7 +18,6 @@ from shared.text_config import TextSettings
 
 ENCODE_BATCH_RECORDS = 256
 LOGGED_BAD_RECORDS = 5
-LOSSES = ("truncated", "dropped_too_long", "dropped_no_label", "skipped_bad")
 
 logger = logging.getLogger("logitferry")
 
@@ -36,14 +36,15 @@ class Tally:
     dropped_no_label: int = 0
     """Records without a supervised token, or none that truncation left."""
     skipped_bad: int = 0
+    reworded: int = 0
+    """Rows of which the chat template has changed or shortened an answer, as where it drops reasoning."""
+    unended: int = 0
+    """Rows whose last answer ends without a control token: the student would not learn to stop there."""
 
     def summary(self) -> str:
         """One line for people."""
-        counts = {name.replace("_", " "): getattr(self, name) for name in LOSSES}
-        lost = "".join(f"; {name}: {count:,}" for name, count in counts.items() if count)
-        return (
-            f"{self.records:,} records, {self.rows:,} rows, {self.tokens:,} tokens, {self.positions:,} supervised{lost}"
-        )
+        counts = f"{self.records:,} records, {self.rows:,} rows, {self.tokens:,} tokens, {self.positions:,} supervised"
+        return counts + losses_line(asdict(self))
 
     def require_rows(self) -> None:
         """Raises RecordError where nothing is left."""
@@ -101,7 +102,7 @@ class TextRows:
             tally.skipped_bad += 1
             self._log_bad(encoded)
             return None
-        row = encoded
+        row = encoded.row
         exceeded = [f"{name} is {limit}" for name, limit in self._limits.items() if row.num_tokens > limit]
         if exceeded:
             assert isinstance(record, Record)
@@ -119,6 +120,8 @@ class TextRows:
             tally.dropped_no_label += 1
             return None
         tally.truncated += bool(exceeded)
+        tally.reworded += encoded.reworded
+        tally.unended += encoded.unended and not exceeded
         return row
 
     def _log_bad(self, error: RecordError) -> None:
