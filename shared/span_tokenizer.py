@@ -6,19 +6,22 @@ inference, where the prompt is tokenized before the answer exists; and where a t
 cut there too.
 """
 
+import json
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from shared.control_tokens import ControlTokens
-from shared.errors import RecordError
+from shared.errors import MismatchError, RecordError
 from shared.marked_text import MarkedText, Span
 from shared.rows import Bool, Int32
 
 CACHED_PROMPT_ENDS = 4096
+UNTYPEABLE = "\ufdd0control"  # begins with a noncharacter; hidden spellings are restored by then
 
 
 class Tokenized:
@@ -58,15 +61,16 @@ class SpanTokenizer:
     """Tokenizes marked text with a tokenizer that is backed by the `tokenizers` library."""
 
     def __init__(self, tokenizer: Any, control: ControlTokens) -> None:
-        self._backend = tokenizer.backend_tokenizer
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
         # A tokenizer.json may come with truncation or padding switched on, which would change rows in silence.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._control = control
+        self._opening = next(iter(control.by_id.values()), "")
         vocab_size = 1 + max(tokenizer.get_vocab().values())
         self._is_control_V = _marked_ids(control.by_id, vocab_size)
         self._is_added_V = self._is_control_V | _marked_ids(tokenizer.added_tokens_decoder, vocab_size)
-        self._cached_ids = lru_cache(CACHED_PROMPT_ENDS)(lambda text: self._tokenize(text).ids_L)
+        self._cached_ids = lru_cache(CACHED_PROMPT_ENDS)(self._ids)
 
     def label(self, texts: Sequence[tuple[str, MarkedText]]) -> list[tuple[Int32, Bool] | RecordError]:
         """Ids and label mask of each text, or why there are none; a text comes with its place in the files.
@@ -132,7 +136,10 @@ class SpanTokenizer:
     def _prompt_ids(self, marked: MarkedText, begin: int, end: int, where: str) -> Int32:
         if any(start < end and stop > begin for start, stop in marked.literal):
             return self._piece(marked, begin, end, where).ids_L
-        return self._cached_ids(marked.text[begin:end])
+        return self._cached_ids(marked.text[begin:end], begin > 0)
+
+    def _ids(self, text: str, inside: bool) -> Int32:
+        return _tokenized(self._backend, text, self._opening if inside else "").ids_L
 
     def _in_pieces(self, marked: MarkedText, whole: Tokenized, where: str) -> tuple[Tokenized, Bool]:
         """Cut where answers begin and, where that is not enough, also where they end."""
@@ -153,7 +160,7 @@ class SpanTokenizer:
     def _piece(self, marked: MarkedText, begin: int, end: int, where: str) -> Tokenized:
         literal = tuple((start - begin, stop - begin) for start, stop in marked.literal if begin <= start < end)
         piece = MarkedText(text=marked.text[begin:end], supervised=(), literal=literal)
-        return self._spelt_out(self._tokenize(piece.text), piece, where)
+        return self._spelt_out(_tokenized(self._backend, piece.text, self._opening if begin else ""), piece, where)
 
     def _spelt_out(self, tokenized: Tokenized, marked: MarkedText, where: str) -> Tokenized:
         """Control tokens that the text spells out as text: all is done again between the real ones around them."""
@@ -166,13 +173,16 @@ class SpanTokenizer:
             begin = int(tokenized.stops_L[before]) if before >= 0 else 0
             end = int(tokenized.starts_L[behind]) if behind < len(tokenized) else len(marked.text)
             if is_literal_L[before + 1 : behind].any():
-                parts.append((begin, self._tokenize_all_as_text(marked.text[begin:end])))
+                opening = UNTYPEABLE if before >= 0 else ""
+                parts.append((begin, _tokenized(self._text_only, marked.text[begin:end], opening)))
             else:
                 parts.append((0, tokenized.part(before + 1, behind)))
             parts.append((0, tokenized.part(behind, behind + 1)))
         result = Tokenized.joined(parts)
-        num_control = int(self._is_control_V[result.ids_L].sum())
-        if num_control != len(real) or self._decode(result) != self._decode(tokenized):
+        is_control_L = self._is_control_V[np.minimum(result.ids_L, len(self._is_control_V) - 1)]
+        # Apart from spaces, which some tokenizers put behind every control token, the spelt ones included.
+        same = self._decode(result).replace(" ", "") == self._decode(tokenized).replace(" ", "")
+        if is_control_L.sum() != len(real) or not same:
             spelt = sorted({marked.text[begin:end] for begin, end in marked.literal})
             raise RecordError(
                 f"{where}: spells out {', '.join(spelt)}, which this tokenizer cannot tokenize as text",
@@ -180,19 +190,35 @@ class SpanTokenizer:
             )
         return result
 
-    def _tokenize_all_as_text(self, text: str) -> Tokenized:
-        self._backend.encode_special_tokens = True
-        try:
-            return self._tokenize(text)
-        finally:
-            self._backend.encode_special_tokens = False
-
-    def _tokenize(self, text: str) -> Tokenized:
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return Tokenized(encoding.ids, encoding.offsets)
+    @cached_property
+    def _text_only(self) -> Tokenizer:
+        """The same tokenizer, but nothing that can be typed is a control token to it."""
+        tree = json.loads(self._backend.to_str())
+        vocabulary = tree["model"]["vocab"]
+        for token in tree["added_tokens"]:
+            spelling, untypeable = token["content"], f"{UNTYPEABLE}{token['id']}"
+            if token["id"] in self._control.by_id:
+                token["content"] = untypeable
+                if isinstance(vocabulary, dict) and spelling in vocabulary:
+                    vocabulary[untypeable] = vocabulary.pop(spelling)
+        text_only = Tokenizer.from_str(json.dumps(tree))
+        if any(text_only.token_to_id(token["content"]) != token["id"] for token in tree["added_tokens"]):
+            raise MismatchError(
+                "records spell out control tokens, and this tokenizer cannot tokenize them as text",
+                next_step="set control_tokens: all, so that they keep their meaning",
+            )
+        text_only.add_special_tokens([UNTYPEABLE])
+        return text_only
 
     def _decode(self, tokenized: Tokenized) -> str:
         return self._backend.decode(tokenized.ids_L.tolist(), skip_special_tokens=False)
+
+
+def _tokenized(tokenizer: Tokenizer, text: str, opening: str) -> Tokenized:
+    """As it is behind the control token `opening`, if any; some tokenizers put a space before what begins a text."""
+    encoding = tokenizer.encode(opening + text, add_special_tokens=False)
+    first = 1 if opening else 0
+    return Tokenized(encoding.ids[first:], np.asarray(encoding.offsets[first:]) - len(opening))
 
 
 def _marked_ids(ids: Iterable[int], vocab_size: int) -> Bool:

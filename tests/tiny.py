@@ -3,17 +3,16 @@
 Nothing here is mocked: files are written as a Hub repository has them and loaded by the code under test.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from tests.chat_templates import CHATML
+
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SENTENCES = [
     "system user assistant",
@@ -23,14 +22,22 @@ SENTENCES = [
 ]
 
 
-def make_tokenizer(folder: Path, *, vocab_size: int = 300, template: str = CHATML, sentences: Any = SENTENCES) -> Any:
-    """Train, save and load a tokenizer."""
+def make_tokenizer(
+    folder: Path,
+    *,
+    vocab_size: int = 300,
+    template: str = CHATML,
+    sentences: Any = SENTENCES,
+    control: Any = (),
+    added: Any = (),
+) -> Any:
+    """Train, save and load a tokenizer; `control` are more special tokens, `added` are added ones that are not."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=[*SPECIAL_TOKENS, *control],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -39,11 +46,37 @@ def make_tokenizer(folder: Path, *, vocab_size: int = 300, template: str = CHATM
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
+        extra_special_tokens=["<|im_start|>", *control],
     )
+    wrapped.add_tokens([AddedToken(token, normalized=False) for token in added])
     wrapped.chat_template = template
     wrapped.save_pretrained(folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def make_spaced_tokenizer(kind: str, *, template: str, control: Any) -> Any:
+    """In the manner of SentencePiece: spaces are part of tokens, and one is put before what begins a text.
+
+    `kind` is first (before the text alone) or legacy (behind every control token as well, as Llama 2 has it).
+    """
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if kind == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), *strip])
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", *SPECIAL_TOKENS, *control]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[*special, *byte_tokens], show_progress=False)
+    tokenizer.train_from_iterator([*SENTENCES, "five  five\n\nfive"] * 5, trainer)
+    tree = json.loads(tokenizer.to_str())
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(tree))
+    named = {"eos_token": "<|im_end|>", "unk_token": "<unk>"}
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    wrapped.chat_template = template
+    return wrapped
 
 
 SHAPE: dict[str, Any] = {
