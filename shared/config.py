@@ -31,7 +31,15 @@ def load_settings(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
     Raises:
         ConfigError: the file is missing or not YAML, an override is malformed, or keys do not check.
     """
-    tree = _read_yaml(Path(path))
+    return check_settings(kind, read_yaml(Path(path)), overrides, name=str(path))
+
+
+def check_settings(kind: type[S], tree: dict[str, Any], overrides: Sequence[str], *, name: str) -> S:
+    """The settings that a tree of plain values holds, after the overrides; `name` is what people call it.
+
+    Raises:
+        ConfigError: an override is malformed, or keys do not check.
+    """
     for override in overrides:
         _apply_override(tree, override)
     try:
@@ -39,7 +47,7 @@ def load_settings(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
     except ValidationError as error:
         lines = [f"  {_place(issue['loc'])}: {_explain(kind, issue)}" for issue in error.errors()]
         raise ConfigError(
-            f"{path}: {len(lines)} setting{'s' * (len(lines) > 1)} cannot be used\n" + "\n".join(lines),
+            f"{name}: {len(lines)} setting{'s' * (len(lines) > 1)} cannot be used\n" + "\n".join(lines),
             next_step="mend the keys above; --print-config shows the settings with their defaults",
         ) from None
 
@@ -72,7 +80,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

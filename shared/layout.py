@@ -3,13 +3,13 @@
 Forms: a chat under `messages` (OpenAI's turns, or ShareGPT's), a prompt with its response, plain text, ready tokens.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from shared.errors import RecordError
+from shared.json_text import parse_json, require_whole_characters
 from shared.raw_records import RawRecord
 from shared.rows import Bool, Int32
 from shared.text_config import TextSettings
@@ -135,7 +135,7 @@ def _turns(raw: RawRecord, name: str) -> list[dict[str, Any]]:
 
 def _with_system(raw: RawRecord, turns: list[dict[str, Any]], default: str | None) -> list[dict[str, Any]]:
     """A record may give its system turn in a field beside the turns, as LLaMA-Factory's do."""
-    own = _string(raw, "system") if raw.fields.get("system") else None
+    own = _string(raw, "system") if raw.fields.get("system") is not None else None
     has_turn = turns[0]["role"] in ("system", "developer")
     if own and has_turn:
         raise RecordError(f"{raw.where}: has a field 'system' and a system turn; which one is meant?")
@@ -146,10 +146,9 @@ def _with_system(raw: RawRecord, turns: list[dict[str, Any]], default: str | Non
 def _tools(raw: RawRecord) -> list[dict[str, Any]] | None:
     tools = raw.fields.get("tools")
     if isinstance(tools, str):  # columns cannot hold schemas of unlike shapes, so people store them as JSON
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"{raw.where}: field 'tools': not JSON: {error}") from None
+        where = f"{raw.where}: field 'tools'"
+        tools = parse_json(tools, where) if tools.strip() else None
+        require_whole_characters(tools, where)
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RecordError(f"{raw.where}: field 'tools': expected a list of objects, got {tools!r:.80}")
     return tools or None
@@ -161,7 +160,7 @@ def _tokens(raw: RawRecord) -> Tokens:
         raise RecordError(f"{raw.where}: {len(ids)} input_ids and {len(marks)} marks of label_mask")
     if not all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
         raise RecordError(f"{raw.where}: field 'input_ids': expected token ids, got {ids!r:.80}")
-    if not all(mark in (0, 1) for mark in marks):
+    if not all(type(mark) in (bool, int) and mark in (0, 1) for mark in marks):
         raise RecordError(f"{raw.where}: field 'label_mask': expected true and false, got {marks!r:.80}")
     if marks[0]:
         raise RecordError(f"{raw.where}: field 'label_mask': the first token is supervised, but nothing precedes it")

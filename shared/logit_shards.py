@@ -3,10 +3,13 @@
 from typing import Any
 
 import click
+from rich.console import Console
 
 from shared.cli import command_group, emit, json_option, run_command
 from shared.dataset import LogitDataset, verify
-from shared.errors import DamagedDataError
+from shared.errors import ConfigError, DamagedDataError
+from shared.inspected import Selection, next_step, open_inspected
+from shared.inspection import Inspector
 from shared.manifest import losses_line
 from shared.progress import progress
 
@@ -47,6 +50,56 @@ def verify_command(dataset: str, as_json: bool) -> None:
             f"{dataset}: {len(found.faults)} fault{'s' * (len(found.faults) > 1)}",
             next_step="copy the damaged files again from where the dataset came from, then verify again",
         )
+
+
+@cli.command("inspect")
+@click.argument("path")
+@click.option("--tokenizer", metavar="MODEL", help="Whose tokenizer reads plain text; a config names its own.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
+@click.option(
+    "--row", default=0, show_default=True, type=click.IntRange(min=0), help="Number of the first row to show."
+)
+@click.option("--count", default=1, show_default=True, type=click.IntRange(min=1), help="How many rows to show.")
+@click.option("--id", "sample_id", help="Show the row with this sample id instead.")
+@click.option("--tokens", is_flag=True, help="One line for each token; of a dataset also what the teacher said.")
+@click.option("--all", "read_all", is_flag=True, help="Read everything and say what becomes of it.")
+@json_option
+def inspect_command(
+    path: str,
+    tokenizer: str | None,
+    overrides: tuple[str, ...],
+    row: int,
+    count: int,
+    sample_id: str | None,
+    tokens: bool,
+    read_all: bool,
+    as_json: bool,
+) -> None:
+    """Show rows as the trainer will see them, supervised tokens in colour.
+
+    PATH is a text file (with --tokenizer), the config of a dump or a training, or a dataset.
+    """
+    inspected = open_inspected(path, tokenizer, overrides)
+    inspector = Inspector(inspected.tokenizer)
+    shown = list(inspected.rows(Selection(first=row, count=count, sample_id=sample_id)))
+    if not shown and not read_all:
+        wanted = f"sample id {sample_id!r}" if sample_id else f"number {row}"
+        raise ConfigError(
+            f"{path}: there is no row to show with {wanted}", next_step="logit-shards inspect --all says why"
+        )
+    summary = inspected.summary() if read_all else None
+    if as_json:
+        rows = [inspector.as_json(each, where, tokens=tokens) for each, where in shown]
+        emit({"rows": rows, "summary": summary}, [], as_json=True)
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for each, where in shown:
+        for line in inspector.lines(each, where, plain=console.color_system is None, tokens=tokens):
+            console.print(line)
+    if summary:
+        console.print(f"all of {path}: {summary}")
+    if step := next_step(path):
+        console.print(f"  next: {step}")
 
 
 def _info_lines(dataset: str, info: dict[str, Any]) -> list[str]:

@@ -7,8 +7,6 @@ with the model's own forward pass on a few tokens and refuses a model where they
 Shapes: N rows of hidden states, D hidden size, V = config.vocab_size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from shared.errors import ConfigError, MismatchError
+from shared.errors import MismatchError
 from shared.files import sha256_of_file
 from shared.fingerprint import sha256_of_json
 from shared.manifest import Teacher
 from shared.models_config import ModelSettings
+from shared.pretrained import foreign_errors
 
 PROBE_TOKENS = 8
 
@@ -52,29 +51,6 @@ class OutputHead:
         return logits_NV
 
 
-def load_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        ConfigError: there is none at that place.
-    """
-    name = settings.tokenizer or settings.model
-    revision = settings.revision if settings.tokenizer is None else None  # a revision of the model's repository
-    with _foreign_errors("tokenizer", name):
-        return transformers.AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=settings.trust_remote_code
-        )
-
-
-def context_tokens(settings: ModelSettings) -> int | None:
-    """The longest row that the model takes, from its config alone; None where it states no limit."""
-    with _foreign_errors("config", settings.model):
-        config = transformers.AutoConfig.from_pretrained(
-            settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: torch.device) -> Any:
     """A causal language model from safetensors, every weight accounted for.
 
@@ -82,7 +58,7 @@ def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: tor
         ConfigError: no such model, or one that needs remote code.
         MismatchError: weights are missing or have other shapes; transformers alone would fill them with noise.
     """
-    with _foreign_errors("model", settings.model):
+    with foreign_errors("model", settings.model):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             settings.model,
             revision=settings.revision,
@@ -165,21 +141,3 @@ def output_head(model: Any) -> OutputHead:
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
     )
-
-
-@contextmanager
-def _foreign_errors(what: str, name: str) -> Iterator[None]:
-    """transformers and safetensors raise all kinds of exceptions for files they cannot use; ours says where."""
-    is_folder = Path(name).is_dir()
-    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ConfigError(
-            f"model folder {name} does not exist", next_step="check the path, or give a Hub name owner/model"
-        )
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = name if is_folder else f"{name}, of which there is no folder here, from the Hub"
-        raise ConfigError(
-            f"no {what} can be loaded from {where}: {reason}", next_step="check the path and the files in it"
-        ) from error

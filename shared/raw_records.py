@@ -7,9 +7,8 @@ error, because nobody knows what is missing.
 import codecs
 import gzip
 import io
-import json
-import zlib
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -17,10 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from shared.errors import ConfigError, DamagedDataError, RecordError
+from shared.errors import ConfigError, DamagedDataError, LogitferryError, RecordError
+from shared.json_text import parse_json, require_whole_characters
 from shared.text_files import TextFile
 
 ZSTD_BLOCK_BYTES = 1 << 16
+MAX_ZSTD_WINDOW_BYTES = 1 << 31
+"""Also files that were written with `zstd --long=31`."""
+ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+UNREADABLE = (UnicodeDecodeError, KeyError, OverflowError, ValueError)
+"""A string column may hold any bytes, a map one key twice, a date a year that is none."""
 COLUMNAR_BATCH_ROWS = 256
 
 
@@ -52,72 +57,62 @@ def raw_records(file: TextFile, columns: Collection[str]) -> Iterator[RawRecord 
     """
     read = {"json": _json_records, "parquet": _parquet_records, "datasets": _saved_records}[file.format]
     empty = True
-    try:
-        for record in read(file, columns):
-            empty = False
-            yield record
-    except (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError, pa.ArrowException) as error:
-        raise DamagedDataError(
-            f"{file.name}: damaged, or cut off: {error}", next_step="copy it again from where it came from"
-        ) from None
+    for record in read(file, columns):
+        empty = False
+        yield record
     if empty:
         raise RecordError(f"{file.name}: holds no records", next_step="take the file out of `files`, or fill it")
 
 
 def _json_records(file: TextFile, _columns: Collection[str]) -> Iterator[RawRecord | BadRecord]:
     with file.open() as raw:
-        lines = enumerate(_decompressed(raw, file.compression), start=1)
+        lines = enumerate(_lines(file, raw), start=1)
+        begun = False
         for number, line in lines:
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
-            if number == 1 and line.lstrip().startswith(b"["):
+            if not begun and line.lstrip().startswith(b"["):
                 yield from _array_records(file, b"".join([line, *(rest for _, rest in lines)]))
-            else:
-                yield _parsed(line, f"{file.name}:{number}")
+                return
+            begun = True
+            where = f"{file.name}:{number}"
+            try:
+                yield _record(parse_json(line, where), where, escapes=b"\\u" in line)
+            except RecordError as error:
+                yield BadRecord(error=error)
 
 
 def _array_records(file: TextFile, text: bytes) -> Iterator[RawRecord | BadRecord]:
     """A file that is one JSON array, as ShareGPT's are; held in memory as a whole."""
     try:
-        array = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also broken UTF-8
+        array = parse_json(text, file.name)
+    except RecordError as error:
         raise DamagedDataError(
-            f"{file.name}: begins like a JSON array, but is none: {error}",
-            next_step="give one JSON object on each line",
+            f"{error}; it begins like a JSON array, but is none", next_step="give one JSON object on each line"
         ) from None
     for index, fields in enumerate(array):
-        yield _checked(fields, f"{file.name}[{index}]", escapes=b"\\u" in text)
-
-
-def _parsed(line: bytes, where: str) -> RawRecord | BadRecord:
-    try:
-        fields = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return BadRecord(error=RecordError(f"{where}: not UTF-8: {error}"))
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
-        return BadRecord(error=RecordError(f"{where}: not a line of JSON: {error}"))
-    return _checked(fields, where, escapes=b"\\u" in line)
-
-
-def _checked(fields: Any, where: str, *, escapes: bool) -> RawRecord | BadRecord:
-    if not isinstance(fields, dict):
-        return BadRecord(error=RecordError(f"{where}: expected a JSON object, got {type(fields).__name__}"))
-    for name, value in fields.items() if escapes else ():
-        # JSON can spell half a surrogate pair, which is no character: no digest, tokenizer or Parquet file takes it.
         try:
-            json.dumps([name, value], ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            reason = f"{where}: field {name!r}: holds half a surrogate pair, which is no character"
-            return BadRecord(error=RecordError(reason))
+            yield _record(fields, f"{file.name}[{index}]", escapes=b"\\u" in text)
+        except RecordError as error:
+            yield BadRecord(error=error)
+
+
+def _record(fields: Any, where: str, *, escapes: bool) -> RawRecord:
+    if not isinstance(fields, dict):
+        raise RecordError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+    if escapes:
+        require_whole_characters(fields, where)
     return RawRecord(where=where, fields=fields)
 
 
-def _decompressed(raw: BinaryIO, compression: str | None) -> Iterable[bytes]:
-    if compression == ".zst":
-        return io.BufferedReader(ZstdReader(raw))
-    return gzip.GzipFile(fileobj=raw) if compression == ".gz" else raw
+def _lines(file: TextFile, raw: BinaryIO) -> Iterator[bytes]:
+    if file.compression is None:
+        yield from raw
+        return
+    with _damage(file):
+        yield from io.BufferedReader(ZstdReader(raw)) if file.compression == ".zst" else gzip.GzipFile(fileobj=raw)
 
 
 class ZstdReader(io.RawIOBase):
@@ -131,7 +126,7 @@ class ZstdReader(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = _zstd_frame()
         self._in_frame = False
         self._output = memoryview(b"")
 
@@ -151,18 +146,27 @@ class ZstdReader(io.RawIOBase):
         rest = b""
         if self._frame.eof:
             rest, self._in_frame = self._frame.unused_data, False
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._frame = _zstd_frame()
         block = rest or self._file.read(ZSTD_BLOCK_BYTES)
         if not block and self._in_frame:
             raise EOFError("the last zstd frame has no end")
         return block
 
 
+def _zstd_frame() -> Any:
+    return zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES).decompressobj()
+
+
 def _parquet_records(file: TextFile, columns: Collection[str]) -> Iterator[RawRecord | BadRecord]:
-    with file.open() as raw:
+    with file.open() as raw, _damage(file):
         table = pq.ParquetFile(raw, page_checksum_verification=True)
         known = _known(table.schema_arrow.names, columns, file)
-        yield from _columnar_records(table.iter_batches(batch_size=COLUMNAR_BATCH_ROWS, columns=known), file)
+        num_rows = 0
+        for record in _columnar_records(table.iter_batches(batch_size=COLUMNAR_BATCH_ROWS, columns=known), file):
+            num_rows += 1
+            yield record
+        if num_rows != table.metadata.num_rows:  # page headers lie outside the page checksums
+            raise DamagedDataError(f"{file.name}: damaged: {num_rows} rows of {table.metadata.num_rows} can be read")
 
 
 def _saved_records(file: TextFile, columns: Collection[str]) -> Iterator[RawRecord | BadRecord]:
@@ -173,14 +177,37 @@ def _saved_records(file: TextFile, columns: Collection[str]) -> Iterator[RawReco
             f"{file.name} is a saved dataset, which the datasets library reads",
             next_step="pip install 'logitferry[datasets]'",
         ) from None
-    rows: Any = datasets.load_from_disk(file.fs.unstrip_protocol(file.path))
-    known = _known(rows.column_names, columns, file)
-    tables = rows.select_columns(known).with_format("arrow").iter(batch_size=COLUMNAR_BATCH_ROWS)
-    yield from _columnar_records(tables, file)
+    with _damage(file):
+        streams = file.fs.glob(f"{file.path}/*.arrow")
+        if not streams:  # as where it was saved without a row; the library cannot read that
+            return
+        for path in streams:  # one that is cut off between two batches reads as if it were whole
+            if file.fs.tail(path, len(ARROW_STREAM_END)) != ARROW_STREAM_END:
+                raise EOFError(f"{path} has no end")
+        rows: Any = datasets.load_from_disk(file.fs.unstrip_protocol(file.path))
+        known = _known(rows.column_names, columns, file)
+        tables = rows.select_columns(known).with_format("arrow")
+        yield from _columnar_records(tables.iter(batch_size=COLUMNAR_BATCH_ROWS) if len(rows) else (), file)
+
+
+@contextmanager
+def _damage(file: TextFile) -> Iterator[None]:
+    """The libraries raise all kinds of exceptions for bytes that they cannot make sense of; ours says where."""
+    try:
+        yield
+    except (LogitferryError, GeneratorExit, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        raise DamagedDataError(
+            f"{file.name}: damaged, or cut off: {type(error).__name__}: {error}",
+            next_step="copy it again from where it came from",
+        ) from error
 
 
 def _known(names: list[str], columns: Collection[str], file: TextFile) -> list[str]:
     known = [name for name in names if name in columns]
+    if len(set(known)) < len(known):
+        raise ConfigError(f"{file.name} has two columns of one name among {', '.join(map(repr, known))}")
     if not known:
         raise ConfigError(
             f"{file.name} has no column that is a record's; it has {', '.join(map(repr, names))}",
@@ -194,7 +221,7 @@ def _columnar_records(batches: Iterable[pa.RecordBatch | pa.Table], file: TextFi
     for batch in batches:
         try:
             rows: list[Any] = batch.to_pylist(maps_as_pydicts="strict")
-        except (UnicodeDecodeError, KeyError):  # a string column may hold any bytes, a map one key twice
+        except UNREADABLE:
             rows = [_row_or_error(batch, index) for index in range(batch.num_rows)]
         for index, fields in enumerate(rows, start=begin):
             where = f"{file.name}[{index}]"
@@ -208,7 +235,7 @@ def _columnar_records(batches: Iterable[pa.RecordBatch | pa.Table], file: TextFi
 def _row_or_error(batch: pa.RecordBatch | pa.Table, index: int) -> dict[str, Any] | Exception:
     try:
         return batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")[0]
-    except (UnicodeDecodeError, KeyError) as error:
+    except UNREADABLE as error:
         return error
 
 

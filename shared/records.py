@@ -76,12 +76,15 @@ class RecordReader:
                 continue
             try:
                 content = self._layout(file, raw).content(raw, self._settings.system)
-                sample_id = _own_id(raw, self._settings.id_field)
+                own_id = _own_id(raw, self._settings.id_field)
+                sample_id = own_id or content_id(content)
+            except RecursionError:
+                yield BadRecord(error=RecordError(f"{raw.where}: is nested too deeply"))
+                continue
             except RecordError as error:
                 yield BadRecord(error=error)
                 continue
-            if sample_id is None:
-                sample_id = content_id(content)
+            if own_id is None:
                 repeats[sample_id] += 1
                 if repeats[sample_id] > 1:
                     sample_id = f"{sample_id}#{repeats[sample_id]}"

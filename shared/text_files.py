@@ -19,7 +19,7 @@ from shared.fingerprint import sha256_of_json
 HASH_BLOCK_BYTES = 1 << 22
 COMPRESSIONS = (".zst", ".gz")
 EXPECTED = ".jsonl, .ndjson or .json (also .zst or .gz), .parquet, or the folder of a saved `datasets` dataset"
-SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
+SAVED_DATASET, SAVED_SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
 
 Format = Literal["json", "parquet", "datasets"]
 FORMATS: dict[str, Format] = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
@@ -43,10 +43,11 @@ class TextFile:
 
     def sha256(self) -> str:
         """Of its bytes; of the names and bytes of all files of a folder."""
-        if self.format != "datasets":
-            return _sha256(self.fs, self.path)
-        files = sorted(self.fs.find(self.path))
-        return sha256_of_json([[os.path.relpath(file, self.path), _sha256(self.fs, file)] for file in files])
+        with _foreign_errors(self.name):
+            if self.format != "datasets":
+                return _sha256(self.fs, self.path)
+            files = sorted(self.fs.find(self.path))
+            return sha256_of_json([[os.path.relpath(file, self.path), _sha256(self.fs, file)] for file in files])
 
 
 def find_text_files(patterns: Sequence[str]) -> list[TextFile]:
@@ -59,9 +60,9 @@ def find_text_files(patterns: Sequence[str]) -> list[TextFile]:
     for pattern in patterns:
         with _foreign_errors(pattern):
             files += _matches(pattern)
-    places: set[tuple[str, str]] = set()
+    places: set[tuple[AbstractFileSystem, str]] = set()
     for file in files:
-        place = (str(file.fs.protocol), file.path)
+        place = (file.fs, os.path.realpath(file.path) if isinstance(file.fs, LocalFileSystem) else file.path)
         if place in places:
             raise ConfigError(f"{file.name} is named twice in `files`", next_step="name every file once")
         places.add(place)
@@ -69,32 +70,41 @@ def find_text_files(patterns: Sequence[str]) -> list[TextFile]:
 
 
 def _matches(pattern: str) -> list[TextFile]:
-    fs, path = url_to_fs(pattern)
-    if fs.isfile(path):
-        return [_text_file(fs, path, pattern)]
-    if fs.isdir(path):
-        return _files_of_folder(fs, path, pattern)
-    paths = sorted(found for found in fs.glob(path) if fs.isfile(found)) if set(path) & set("*?[") else []
-    if not paths:
+    is_path = os.path.exists(pattern)  # whatever characters are in it
+    fs, path = (LocalFileSystem(), os.path.abspath(pattern)) if is_path else url_to_fs(pattern)
+    if fs.exists(path):
+        return _files_at(fs, path, pattern)
+    found = sorted(map(str, fs.glob(path))) if set(path) & set("*?[") else []
+    if not found:
         raise ConfigError(f"input file {pattern} does not exist", next_step=_advice(fs, path))
-    return [_text_file(fs, found, _name(fs, found, pattern)) for found in paths]
+    shown = [place for place in found if not os.path.basename(place).startswith(".")]
+    return [file for place in shown for file in _files_at(fs, place, _name(fs, place, pattern))]
 
 
-def _files_of_folder(fs: AbstractFileSystem, path: str, pattern: str) -> list[TextFile]:
-    if fs.exists(f"{path}/{SAVED_DATASET}"):
-        return [TextFile(fs=fs, path=path, name=pattern, format="datasets")]
-    if fs.exists(f"{path}/{SAVED_SPLITS}"):
-        splits = sorted(os.path.basename(split) for split in fs.ls(path, detail=False) if fs.isdir(split))
-        raise ConfigError(
-            f"{pattern} is a saved dataset with several splits",
-            next_step=f"name those you mean: {', '.join(os.path.join(pattern, split) for split in splits)}",
-        )
-    found = sorted(fs.find(path))
-    files = [_text_file(fs, file, _name(fs, file, pattern)) for file in found if _format_of(file)[0]]
+def _files_at(fs: AbstractFileSystem, path: str, name: str) -> list[TextFile]:
+    """A file, a saved dataset, or the text files below a folder."""
+    if fs.isfile(path):
+        return [_text_file(fs, path, name)]
+    inside = sorted(os.path.relpath(file, path) for file in fs.find(path))
+    saved = {os.path.dirname(file) for file in inside if os.path.basename(file) == "state.json"}
+    saved = {folder for folder in saved if {os.path.join(folder, part) for part in SAVED_DATASET} <= set(inside)}
+    if "" in saved:
+        return [TextFile(fs=fs, path=path, name=name, format="datasets")]
+    if SAVED_SPLITS in inside:
+        splits = ", ".join(os.path.join(name, split) for split in sorted(saved))
+        raise ConfigError(f"{name} is a saved dataset with several splits", next_step=f"name those you mean: {splits}")
+    others = [file for file in inside if not any(file.startswith(f"{folder}{os.sep}") for folder in saved)]
+    texts = {file for file in others if _format_of(file)[0] and not f"{os.sep}{file}".count(f"{os.sep}.")}
+    files = [
+        TextFile(fs=fs, path=os.path.join(path, file), name=os.path.join(name, file), format="datasets")
+        if file in saved
+        else _text_file(fs, os.path.join(path, file), os.path.join(name, file))
+        for file in sorted(texts | saved)
+    ]
     if not files:
-        raise ConfigError(f"folder {pattern} holds no text files", next_step=f"give {EXPECTED}")
-    if left_out := len(found) - len(files):
-        logger.info("%s: %d files to read; %d others are left alone", pattern, len(files), left_out)
+        raise ConfigError(f"folder {name} holds no text files", next_step=f"give {EXPECTED}")
+    if left_out := len(others) - len(texts):
+        logger.info("%s: %d files to read; %d others are left alone", name, len(files), left_out)
     return files
 
 
@@ -116,7 +126,7 @@ def _format_of(path: str) -> tuple[Format | None, str | None]:
 
 def _name(fs: AbstractFileSystem, path: str, pattern: str) -> str:
     if not isinstance(fs, LocalFileSystem):
-        return fs.unstrip_protocol(path)
+        return fs.unstrip_protocol(path)  # also of what a chained URL leads to
     return path if os.path.isabs(pattern) else os.path.relpath(path)
 
 

@@ -4,10 +4,10 @@ OpenAI's have `role` and `content`, ShareGPT's `from` and `value`.  Arguments of
 print them as JSON themselves, and would quote a string once more.
 """
 
-import json
 from typing import Any
 
 from shared.errors import RecordError
+from shared.json_text import parse_json, require_whole_characters
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -30,7 +30,7 @@ def canonical_turn(turn: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(turn, dict):
         raise RecordError(f"{where}: expected an object with role and content, got {turn!r:.80}")
-    if "from" in turn and "role" not in turn:
+    if "from" in turn and turn.get("role") is None:
         return _from_sharegpt(turn, where)
     if turn.get("role") not in ROLES:
         raise RecordError(f"{where}: role: expected one of {', '.join(ROLES)}, got {turn.get('role')!r}")
@@ -38,6 +38,8 @@ def canonical_turn(turn: Any, where: str) -> dict[str, Any]:
         raise RecordError(f"{where}: function_call: templates read tool_calls, the present form of it")
     clean = {key: value for key, value in turn.items() if value is not None}
     calls = clean.get("tool_calls")
+    if calls and clean["role"] != "assistant":
+        raise RecordError(f"{where}: tool_calls: only the assistant calls tools, got them on a turn of {clean['role']}")
     if calls is not None:
         if not isinstance(calls, list):
             raise RecordError(f"{where}: tool_calls: expected a list, got {calls!r:.80}")
@@ -88,7 +90,8 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError(f"{where}: expected an object with a function's name and arguments, got {call!r:.80}")
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    arguments = {} if arguments is None else arguments
     if isinstance(arguments, str):
         arguments = _json_object(arguments, f"{where}: arguments")
     if not isinstance(arguments, dict):
@@ -98,10 +101,8 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{where}: expected a JSON object, got {text!r:.80}: {error}") from None
+    value = parse_json(text, where)
+    require_whole_characters(value, where)
     if not isinstance(value, dict):
         raise RecordError(f"{where}: expected a JSON object, got {text!r:.80}")
     return value

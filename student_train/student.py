@@ -10,7 +10,8 @@ import torch
 from shared.batching import PaddedBatch, batches_by_length
 from shared.device import pick_dtype
 from shared.files import sync_folder, sync_tree
-from shared.models import context_tokens, load_model, load_tokenizer, output_head, split_model
+from shared.models import load_model, output_head, split_model
+from shared.pretrained import context_tokens, load_tokenizer
 from shared.rows import Row
 from student_train.collate import targets_of
 from student_train.config import DataSettings, StudentSettings

@@ -22,7 +22,7 @@ from shared.errors import ConfigError, MismatchError
 from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_file, write_atomically
 from shared.fingerprint import sha256_of_text, tokenizer_fingerprint
 from shared.manifest import MANIFEST_NAME, Input, InputFile, Shard, write_manifest
-from shared.models import context_tokens, load_tokenizer
+from shared.pretrained import context_tokens, load_tokenizer
 from shared.progress import progress
 from shared.records import RecordReader
 from shared.rows import LogitRow, Row

@@ -9,8 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from shared.errors import ConfigError, MismatchError
-from shared.models import load_model, load_tokenizer, model_identity, split_model
+from shared.models import load_model, model_identity, split_model
 from shared.models_config import ModelSettings
+from shared.pretrained import load_tokenizer
 from tests.tiny import FAMILIES, make_model
 
 CPU = torch.device("cpu")

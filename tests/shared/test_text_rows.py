@@ -103,7 +103,7 @@ def test_skip_counts_bad_records_and_keeps_all_others(tokenizer, spoilt, caplog)
 
 
 def test_a_bad_record_is_an_error_unless_skipped(tokenizer, spoilt):
-    with pytest.raises(RecordError, match=rf"{spoilt}:2: not a line of JSON"):
+    with pytest.raises(RecordError, match=rf"{spoilt}:2: not JSON"):
         rows_of(tokenizer, spoilt)
 
 
@@ -126,7 +126,8 @@ def test_oddities_are_counted(tokenizer, chats, tmp_path):
     template = tmp_path / "odd.jinja"
     template.write_text(
         "{% for m in messages %}{{ m.role }}: "
-        "{{ m.content.split('five')[-1] if m.role == 'assistant' else m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{{ m.content.split('five')[-1] if m.role == 'assistant' else m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokenizer.chat_template, before = None, tokenizer.chat_template
     try:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from shared.errors import ConfigError, DamagedDataError, MismatchError
 from shared.layout import Chat
-from shared.models import load_tokenizer
 from shared.models_config import ModelSettings
+from shared.pretrained import load_tokenizer
 from shared.records import content_id
 from shared.rows import Row
 from shared.text_rows import Tally
