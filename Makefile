@@ -3,6 +3,7 @@
 #   make test         the fast tests
 #   make check        ruff, pyright and the fast tests
 #   make test-full    the long matrices as well
+#   make bench-text   how fast text becomes rows; ARGS="--tokenizer FOLDER --files FILE…" for real ones
 # Where PyPI's torch would bring CUDA along: make … PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +11,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint test-full install clean
+.PHONY: quickstart test check lint test-full bench-text install clean
 
 install: $(VENV)/installed
 
@@ -27,6 +28,9 @@ test: install
 
 test-full: install
 	$(BIN)/python -m pytest -n auto
+
+bench-text: install
+	$(BIN)/python -m tests.bench.text $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

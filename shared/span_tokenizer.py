@@ -67,9 +67,8 @@ class SpanTokenizer:
         self._backend.no_padding()
         self._control = control
         self._opening = next(iter(control.by_id.values()), "")
-        vocab_size = 1 + max(tokenizer.get_vocab().values())
-        self._is_control_V = _marked_ids(control.by_id, vocab_size)
-        self._is_added_V = self._is_control_V | _marked_ids(tokenizer.added_tokens_decoder, vocab_size)
+        self._is_control = _IdSet(control.by_id)
+        self._is_added = _IdSet([*control.by_id, *tokenizer.added_tokens_decoder])
         self._cached_ids = lru_cache(CACHED_PROMPT_ENDS)(self._ids)
 
     def label(self, texts: Sequence[tuple[str, MarkedText]]) -> list[tuple[Int32, Bool] | RecordError]:
@@ -120,7 +119,7 @@ class SpanTokenizer:
         Added tokens are cut out of a text before anything else is done with it, so the piece from the last of them on
         decides; where a tokenizer does something else at the beginning of a text, the whole prompt does.
         """
-        added_at = np.flatnonzero(self._is_added_V[whole.ids_L])
+        added_at = np.flatnonzero(self._is_added.of(whole.ids_L))
         for answer, _ in marked.supervised:
             end = int(np.searchsorted(whole.stops_L, answer, side="right"))
             last = int(np.searchsorted(added_at, end)) - 1
@@ -167,7 +166,7 @@ class SpanTokenizer:
         if not marked.literal:
             return tokenized
         is_literal_L = np.any([tokenized.touching(span) for span in marked.literal], axis=0)
-        real = np.flatnonzero(self._is_control_V[tokenized.ids_L] & ~is_literal_L).tolist()
+        real = np.flatnonzero(self._is_control.of(tokenized.ids_L) & ~is_literal_L).tolist()
         parts: list[tuple[int, Tokenized]] = []
         for before, behind in pairwise([-1, *real, len(tokenized)]):
             begin = int(tokenized.stops_L[before]) if before >= 0 else 0
@@ -179,7 +178,7 @@ class SpanTokenizer:
                 parts.append((0, tokenized.part(before + 1, behind)))
             parts.append((0, tokenized.part(behind, behind + 1)))
         result = Tokenized.joined(parts)
-        is_control_L = self._is_control_V[np.minimum(result.ids_L, len(self._is_control_V) - 1)]
+        is_control_L = self._is_control.of(result.ids_L)
         # Apart from spaces, which some tokenizers put behind every control token, the spelt ones included.
         same = self._decode(result).replace(" ", "") == self._decode(tokenized).replace(" ", "")
         if is_control_L.sum() != len(real) or not same:
@@ -221,7 +220,13 @@ def _tokenized(tokenizer: Tokenizer, text: str, opening: str) -> Tokenized:
     return Tokenized(encoding.ids[first:], np.asarray(encoding.offsets[first:]) - len(opening))
 
 
-def _marked_ids(ids: Iterable[int], vocab_size: int) -> Bool:
-    marks_V = np.zeros(vocab_size, dtype=np.bool_)
-    marks_V[list(ids)] = True
-    return marks_V
+class _IdSet:
+    """Which of many ids are in a set; a table up to the largest of the set, and one place for all beyond."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        ids = list(ids)
+        self._marks = np.zeros(max(ids, default=0) + 2, dtype=np.bool_)
+        self._marks[ids] = True
+
+    def of(self, ids_L: Int32) -> Bool:
+        return self._marks[np.minimum(ids_L, len(self._marks) - 1)]
