@@ -9,7 +9,7 @@ T declared temperatures.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,10 @@ class Row:
     @property
     def num_positions(self) -> int:
         return int(self.label_mask_L.sum())
+
+    def cut(self, num_tokens: int) -> "Row":
+        """The first so many tokens."""
+        return replace(self, input_ids_L=self.input_ids_L[:num_tokens], label_mask_L=self.label_mask_L[:num_tokens])
 
     @property
     def label_ids_P(self) -> Int32:
@@ -132,6 +136,16 @@ class LogitRow(Row):
     """A row together with the teacher's positions; refuses any count but one per supervised token."""
 
     teacher: Positions
+
+    def cut(self, num_tokens: int) -> "LogitRow":
+        """The first so many tokens, and what the teacher said at their positions."""
+        kept = int(self.label_mask_L[:num_tokens].sum())
+        return LogitRow(
+            sample_id=self.sample_id,
+            input_ids_L=self.input_ids_L[:num_tokens],
+            label_mask_L=self.label_mask_L[:num_tokens],
+            teacher=self.teacher.split([kept, self.num_positions - kept])[0],
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from types import TracebackType
 from typing import Any
@@ -114,8 +114,7 @@ class TextRows:
             if self._settings.on_too_long == "drop":
                 tally.dropped_too_long += 1
                 return None
-            limit = min(self._limits.values())
-            row = replace(row, input_ids_L=row.input_ids_L[:limit], label_mask_L=row.label_mask_L[:limit])
+            row = row.cut(min(self._limits.values()))
         if not row.num_positions:
             tally.dropped_no_label += 1
             return None

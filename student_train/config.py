@@ -21,11 +21,15 @@ class DataSettings(Settings):
     """A sealed logit dataset."""
     text: TextSettings | None = None
     """Text files, for plain SFT without a teacher."""
+    on_too_long: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of a dataset's rows that exceed the student's context; text has a setting of its own."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "DataSettings":
         if (self.dataset is None) == (self.text is None):
             raise ValueError("name a dataset or text, one of the two")
+        if self.text is not None and self.on_too_long != "error":
+            raise ValueError("on_too_long is for a dataset's rows; for text say text.on_too_long")
         return self
 
 

@@ -7,7 +7,7 @@ can be checked before training starts: tokenizer, vocabulary, context, and that 
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 from shared.dataset import LogitDataset
 from shared.errors import DamagedDataError, MismatchError
 from shared.fingerprint import require_same_tokenizer
+from shared.manifest import losses_line
 from shared.progress import progress
 from shared.records import RecordReader
-from shared.rows import Row
+from shared.rows import LogitRow, Row
 from shared.text_config import TextSettings
 from shared.text_rows import Tally, TextRows
 from student_train.config import DataSettings
@@ -57,6 +58,9 @@ class DatasetSource:
     dataset: LogitDataset
     sample_ids: list[list[str]]
     vocab_size: int
+    fit: "Fit | None" = None
+    tally: dict[str, int] = field(default_factory=dict)
+    """What became of rows that exceed the student's context."""
 
     @property
     def temperatures(self) -> list[float]:
@@ -64,12 +68,40 @@ class DatasetSource:
 
     def read_block(self, index: int) -> Sequence[Row]:
         rows = self.dataset.read_shard(index)
+        if self.fit is not None:
+            rows = self.fit.rows(rows, {})
         if self.vocab_size >= self.dataset.manifest.vocab_size:
             return rows
         return [replace(row, teacher=row.teacher.folded(self.vocab_size, self.temperatures)) for row in rows]
 
     def identity(self) -> dict[str, Any]:
-        return {"dataset": str(self.dataset.folder), "manifest_sha256": self.dataset.identity()}
+        return {
+            "dataset": str(self.dataset.folder),
+            "manifest_sha256": self.dataset.identity(),
+            "tally": self.tally,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Makes the rows of a dataset fit into the student's context."""
+
+    limit: int
+    truncate: bool
+
+    def rows(self, rows: Sequence[LogitRow], tally: dict[str, int]) -> list[LogitRow]:
+        """Those that fit, cut or not; `tally` counts the others."""
+        kept: list[LogitRow] = []
+        for row in rows:
+            fate = None
+            if row.num_tokens > self.limit:
+                row = row.cut(self.limit)
+                fate = "truncated" if row.num_positions else "dropped_no_label"
+                fate = fate if self.truncate else "dropped_too_long"
+                tally[fate] = tally.get(fate, 0) + 1
+            if fate in (None, "truncated"):
+                kept.append(row)
+        return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +136,7 @@ def open_source(settings: DataSettings, tokenizer: Any, *, vocab_size: int, cont
             next_step=f"resize the student: model.resize_token_embeddings({num_tokens})",
         )
     if settings.dataset is not None:
-        return _open_dataset(settings.dataset, tokenizer.backend_tokenizer, vocab_size, context_tokens)
+        return _open_dataset(settings, tokenizer.backend_tokenizer, vocab_size, context_tokens)
     assert settings.text is not None
     return _read_text(settings.text, tokenizer, context_tokens)
 
@@ -126,7 +158,10 @@ def _read_text(settings: TextSettings, tokenizer: Any, context_tokens: int | Non
     )
 
 
-def _open_dataset(folder: str, tokenizer: Tokenizer, vocab_size: int, context_tokens: int | None) -> DatasetSource:
+def _open_dataset(
+    settings: DataSettings, tokenizer: Tokenizer, vocab_size: int, context_tokens: int | None
+) -> DatasetSource:
+    folder = str(settings.dataset)
     dataset = LogitDataset.open(folder)
     require_same_tokenizer(
         dataset.tokenizer(), tokenizer, expected_name=f"the dataset {folder}", got_name="the student"
@@ -136,9 +171,17 @@ def _open_dataset(folder: str, tokenizer: Tokenizer, vocab_size: int, context_to
     if repeated:
         raise DamagedDataError(f"{folder}: {len(repeated)} sample ids come more than once, first {repeated[0]!r}")
     longest = max((shard.longest_row for shard in dataset.manifest.shards), default=0)
-    if context_tokens is not None and longest > context_tokens:
+    if context_tokens is None or longest <= context_tokens:
+        return DatasetSource(dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size)
+    if settings.on_too_long == "error":
         raise MismatchError(
             f"the student's context is {context_tokens}, but {folder} has a row of {longest} tokens",
-            next_step=f"dump again with data.max_tokens: {context_tokens}, or take a student with a longer context",
+            next_step="set data.on_too_long: drop or truncate, which count such rows",
         )
-    return DatasetSource(dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size)
+    fit = Fit(limit=context_tokens, truncate=settings.on_too_long == "truncate")
+    tally = {"truncated": 0, "dropped_too_long": 0, "dropped_no_label": 0}
+    for index, shard in enumerate(dataset.manifest.shards):
+        if shard.longest_row > context_tokens:
+            sample_ids[index] = [row.sample_id for row in fit.rows(dataset.read_shard(index), tally)]
+    logger.info("%s: rows longer than %d tokens%s", folder, context_tokens, losses_line(tally))
+    return DatasetSource(dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size, fit=fit, tally=tally)

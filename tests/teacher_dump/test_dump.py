@@ -308,3 +308,60 @@ def test_units_cannot_be_cut_anew_in_the_middle_of_a_dump(
     run_until(1, dump_settings(teacher_folder, chats, tmp_path / "out"), monkeypatch)
     with pytest.raises(MismatchError, match="planned with unit_records 7, now 5"):
         run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", unit_records=5))
+
+
+def test_what_became_of_the_records_stands_in_the_manifest(teacher_folder: Path, tmp_path: Path):
+    """A bad record, one that is too long and one without an answer: counted, and the units stay whole."""
+    records = chat_records(20)
+    records[3] = {"id": "bad", "messages": [{"role": "assistant", "content": "unprompted"}]}
+    records[8] = {"id": "silent", "messages": [{"role": "user", "content": "?"}]}
+    files = write_jsonl(tmp_path / "chats.jsonl", records)
+    dataset = run_dump(
+        dump_settings(
+            teacher_folder,
+            files,
+            tmp_path / "out",
+            data__on_bad_record="skip",
+            data__on_too_long="truncate",
+            data__max_tokens=120,
+        )
+    )
+    rows = all_rows(dataset)
+    lost = {"bad", "silent"}
+    assert {row.sample_id for row in rows} <= {record["id"] for record in records} - lost
+    tally = dataset.manifest.input.tally
+    assert tally["records"] == 20
+    assert tally["skipped_bad"] == 1
+    assert tally["truncated"] > 0
+    assert tally["rows"] == len(rows) == 20 - 1 - tally["dropped_no_label"]
+    assert max(row.num_tokens for row in rows) == 120
+    assert dataset.info()["input"]["tally"] == tally
+
+
+def test_ready_tokens_are_dumped_to_the_token(sealed: LogitDataset, teacher_folder: Path, tmp_path: Path):
+    """As a student's rollouts come back; and a dataset's own shards are such files."""
+    shards = dump_settings(teacher_folder, sealed.folder / "data", tmp_path / "again")
+    again = run_dump(shards)
+    for row, other in zip(all_rows(sealed), all_rows(again), strict=True):
+        assert row.sample_id == other.sample_id
+        assert row.input_ids_L.tolist() == other.input_ids_L.tolist()
+        assert row.label_mask_L.tolist() == other.label_mask_L.tolist()
+        np.testing.assert_allclose(row.teacher.realised_logp_P, other.teacher.realised_logp_P, atol=1e-5)
+
+
+def test_tokens_and_plain_text_need_no_chat_template(teacher_folder: Path, tmp_path: Path):
+    teacher = make_model(tmp_path / "teacher", seed=1)
+    make_tokenizer(teacher)
+    (teacher / "chat_template.jinja").unlink()
+    files = write_jsonl(tmp_path / "text.jsonl", [{"text": "It is five."}, {"text": "Tell me a story."}])
+    dataset = run_dump(dump_settings(teacher, files, tmp_path / "out"))
+    assert dataset.manifest.chat_template_sha256 is None
+    assert [row.num_positions for row in all_rows(dataset)] == [row.num_tokens - 1 for row in all_rows(dataset)]
+    assert verify(LogitDataset.open(tmp_path / "out")).faults == []
+
+
+def test_a_dump_goes_on_with_other_processes(teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any):
+    """How many processes tokenize is no part of what a dump is."""
+    run_until(2, dump_settings(teacher_folder, chats, tmp_path / "out"), monkeypatch)
+    resumed = run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", data__processes=2))
+    assert [row.sample_id for row in all_rows(resumed)] == [f"chat-{n}" for n in range(23)]
