@@ -1,7 +1,8 @@
 """Rows as the trainer will see them: every token, and which of them are supervised.
 
-On a terminal supervised text is bold and green, control tokens underlined; elsewhere supervised text stands between
-⟦ and ⟧.  A line feed shows as ⏎.  Of a dataset's rows also what the teacher said at each position.
+On a terminal supervised text is bold and green, its control tokens underlined, and other control tokens are cyan;
+elsewhere supervised text stands between ⟦ and ⟧.  A line feed shows as ⏎.  Of a dataset's rows also what the teacher
+said at each position.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from tokenizers import Tokenizer
 
 from shared.rows import LogitRow, Row
 
-SUPERVISED, OTHER, CONTROL = "bold green", "dim", "underline"
+SUPERVISED, OTHER = "bold green", "dim"
+SUPERVISED_CONTROL, OTHER_CONTROL = "bold green underline", "cyan"
 SHOWN_KEPT = 3
 
 
@@ -51,14 +53,13 @@ class Inspector:
 
     def _text(self, row: Row, *, plain: bool) -> Text:
         text = Text()
-        for mark, ids in _runs(row, lambda token: token in self._control_ids):
-            style = f"{SUPERVISED if mark else OTHER} {CONTROL if ids[0] in self._control_ids else ''}".strip()
-            text.append(self._decode(ids).replace("\n", "⏎\n"), style=style)
-        if not plain:
-            return text
-        shown = [self._decode(ids).replace("\n", "⏎\n") for _, ids in _runs(row, lambda _: 0)]
-        marks = [mark for mark, _ in _runs(row, lambda _: 0)]
-        return Text("".join(f"⟦{run}⟧" if mark else run for mark, run in zip(marks, shown, strict=True)))
+        for mark, ids in _runs(row, lambda token: not plain and token in self._control_ids):
+            shown = self._decode(ids).replace("\n", "⏎\n")
+            styles = (SUPERVISED, OTHER) if ids[0] not in self._control_ids else (SUPERVISED_CONTROL, OTHER_CONTROL)
+            style = styles[0 if mark else 1]
+            text.append(f"⟦{shown}⟧" if plain and mark else shown, style="" if plain else style)
+        text.right_crop(text.plain.endswith("\n"))
+        return text
 
     def _table(self, row: Row) -> Table:
         table = Table("t", "id", "token", "supervised", box=None, pad_edge=False)

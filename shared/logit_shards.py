@@ -1,5 +1,7 @@
 """The command `logit-shards`: what is in a dataset, and is it whole?  Needs no torch."""
 
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import click
@@ -8,10 +10,13 @@ from rich.console import Console
 from shared.cli import command_group, emit, json_option, run_command
 from shared.dataset import LogitDataset, verify
 from shared.errors import ConfigError, DamagedDataError
+from shared.files import write_atomically
 from shared.inspected import Selection, next_step, open_inspected
 from shared.inspection import Inspector
 from shared.manifest import losses_line
 from shared.progress import progress
+
+PICTURE_COLUMNS = 100
 
 
 @command_group("logit-shards", "Look into, check and hand on datasets of teacher log-probabilities.")
@@ -63,6 +68,7 @@ def verify_command(dataset: str, as_json: bool) -> None:
 @click.option("--id", "sample_id", help="Show the row with this sample id instead.")
 @click.option("--tokens", is_flag=True, help="One line for each token; of a dataset also what the teacher said.")
 @click.option("--all", "read_all", is_flag=True, help="Read everything and say what becomes of it.")
+@click.option("--svg", type=click.Path(dir_okay=False), help="Also draw it as a picture into this file.")
 @json_option
 def inspect_command(
     path: str,
@@ -73,6 +79,7 @@ def inspect_command(
     sample_id: str | None,
     tokens: bool,
     read_all: bool,
+    svg: str | None,
     as_json: bool,
 ) -> None:
     """Show rows as the trainer will see them, supervised tokens in colour.
@@ -92,6 +99,11 @@ def inspect_command(
         rows = [inspector.as_json(each, where, tokens=tokens) for each, where in shown]
         emit({"rows": rows, "summary": summary}, [], as_json=True)
         return
+    if svg is not None:
+        picture = Console(record=True, file=StringIO(), width=PICTURE_COLUMNS, color_system="truecolor")
+        for each, where in shown:
+            picture.print(*inspector.lines(each, where, plain=False, tokens=tokens), sep="\n")
+        write_atomically(Path(svg), picture.export_svg(title=f"logit-shards inspect {path}").encode())
     console = Console(soft_wrap=True, highlight=False)
     for each, where in shown:
         for line in inspector.lines(each, where, plain=console.color_system is None, tokens=tokens):
