@@ -26,6 +26,15 @@ from shared.turns import is_supervised
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 AROUND_CHARACTERS = 30
 CONTENT_END_CHARACTERS = 20
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+class _ReadsTheClockError(Exception):
+    pass
+
+
+def _refuse_clock(_format: str) -> str:
+    raise _ReadsTheClockError
 
 
 def use_chat_template(tokenizer: Any, settings: TextSettings) -> None:
@@ -46,7 +55,8 @@ class ChatRenderer:
     """Renders chats with one tokenizer's template.
 
     Raises:
-        MismatchError: the tokenizer has no template, several, or one that reads the clock.
+        MismatchError: the tokenizer has no template, or several.
+        ConfigError: the settings give a variable that the template has not.
     """
 
     def __init__(self, tokenizer: Any, settings: TextSettings, control: ControlTokens) -> None:
@@ -57,15 +67,13 @@ class ChatRenderer:
                 f"tokenizer {tokenizer.name_or_path!r} has {number}",
                 next_step="put one chat_template.jinja beside its tokenizer.json, or name a file as chat_template",
             )
-        if "strftime_now" in template and "date_string" not in settings.chat_template_kwargs:
-            raise MismatchError(
-                f"the chat template of {tokenizer.name_or_path!r} reads the clock: the same record would give other "
-                "tokens tomorrow",
-                next_step="set chat_template_kwargs: {date_string: ...} to a date of your choice",
-            )
+        unknown = [name for name in settings.chat_template_kwargs if not re.search(rf"\b{re.escape(name)}\b", template)]
+        if unknown:
+            raise ConfigError(f"chat_template_kwargs: the chat template has no variable {unknown[0]!r}")
         self._template = template
         self._has_marks = bool(GENERATION_MARK.search(template))
-        self._variables = {**tokenizer.special_tokens_map, **settings.chat_template_kwargs}
+        own = {**tokenizer.special_tokens_map, "strftime_now": _refuse_clock}
+        self._variables = {**own, **settings.chat_template_kwargs}
         self._settings = settings
         self._control = control
 
@@ -73,11 +81,14 @@ class ChatRenderer:
         """The chat as text with its answers.
 
         Raises:
-            RecordError: the template fails, or rewrites history.
+            RecordError: the template fails, rewrites history, or leaves something out.
+            MismatchError: it reads the clock.
         """
         hidden, placeholders = self._control.hide({"messages": chat.messages, "tools": chat.tools}, where)
         shown = Chat(messages=hidden["messages"], tools=hidden["tools"])
         if self._settings.supervise == "everything":
+            if any(turn.get("weight") == 0 for turn in chat.messages):
+                raise RecordError(f"{where}: a turn has weight 0, but supervise is everything")
             text, _ = self._render(shown, where)
             marked = MarkedText(text=text, supervised=((0, len(text)),))
         else:
@@ -94,6 +105,13 @@ class ChatRenderer:
                 left_out=() if self._settings.supervise_reasoning else tuple(self._reasoning(text, spans)),
                 reworded=self._are_reworded(text, answers, [shown.messages[index] for index in turns], where),
             )
+        for tool in shown.tools or []:
+            name = tool.get("function", tool).get("name")
+            if isinstance(name, str) and name not in text:
+                raise RecordError(
+                    f"{where}: the chat template leaves out the tool {name!r}",
+                    next_step="name a template that shows tools as chat_template",
+                )
         return placeholders.restore(marked, where)
 
     def _wanted_turns(self, chat: Chat) -> list[int]:
@@ -105,18 +123,28 @@ class ChatRenderer:
     def _marked_answers(
         self, text: str, marks: list[Span], chat: Chat, wanted: list[int], where: str
     ) -> list[list[Span]]:
-        """The template's marks that belong to each wanted turn; a template may put several on one."""
+        """The template's marks that belong to each wanted turn, without the line feed behind an end of turn.
+
+        A template may put several marks on a turn, and then the prompts tell where one begins.
+        """
         turns = _assistant_turns(chat)
-        if wanted == turns and len(marks) != len(turns):
-            return [marks] if turns else []
-        if len(marks) != len(turns):
-            begins = [self._answer(text, chat, index, where)[0] for index in turns]
-            return [
-                [mark for mark in marks if begin <= mark[0] < end]
-                for index, begin, end in zip(turns, begins, [*begins[1:], len(text)], strict=True)
-                if index in wanted
-            ]
-        return [[marks[turns.index(index)]] for index in wanted]
+        marks = [(begin, begin + self._control.length_to_end_of_turn(text[begin:end])) for begin, end in marks]
+        if len(marks) == len(turns):
+            return [[marks[turns.index(index)]] for index in wanted]
+        if len(marks) < len(turns):
+            raise RecordError(
+                f"{where}: the chat template marks {len(marks)} spans as generated, but there are {len(turns)} turns "
+                "of the assistant",
+                next_step="set supervise: last_turn for a template that marks that alone, or mend its marks",
+            )
+        if wanted == turns:
+            return [marks]
+        begins = [self._answer(text, chat, index, where)[0] for index in turns]
+        return [
+            [mark for mark in marks if begin <= mark[0] < end]
+            for index, begin, end in zip(turns, begins, [*begins[1:], len(text)], strict=True)
+            if index in wanted
+        ]
 
     def _answer(self, whole: str, chat: Chat, index: int, where: str) -> Span:
         """Where turn `index` lies in the whole conversation."""
@@ -142,19 +170,24 @@ class ChatRenderer:
         Raises:
             RecordError: a turn's end is not even there: the template reads contents of another form, or ignores them.
         """
-        contents = [_squeezed(turn["content"] or "") for turn in turns]
         told = [_squeezed("".join(text[begin:end] for begin, end in spans)) for spans in answers]
-        if len(told) != len(contents):
-            told = ["".join(told)] * len(contents)
-        for content, answer in zip(contents, told, strict=True):
+        if len(told) != len(turns):
+            told = ["".join(told)] * len(turns)
+        reworded = False
+        for turn, answer in zip(turns, told, strict=True):
+            content = _squeezed(turn["content"] or "")
             end = content.split(self._settings.reasoning_tags[1])[-1][-CONTENT_END_CHARACTERS:]
-            if end not in answer:
+            calls = [call["function"]["name"] for call in turn.get("tool_calls", [])]
+            missing = [said for said in [end, *map(_squeezed, calls)] if said not in answer]
+            if missing:
                 raise RecordError(
                     f"{where}: the chat template leaves out what the assistant says: "
-                    f"…{end!r} is not in …{answer[-2 * CONTENT_END_CHARACTERS :]!r}",
+                    f"…{missing[0]!r} is not in …{answer[-2 * CONTENT_END_CHARACTERS :]!r}",
                     next_step="look at the template; chat_template names another",
                 )
-        return any(content not in answer for content, answer in zip(contents, told, strict=True))
+            thoughts = [turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str)]
+            reworded |= any(said not in answer for said in [content, *map(_squeezed, thoughts)])
+        return reworded
 
     def _render(
         self, chat: Chat, where: str, *, generation_prompt: bool = False, marks: bool = False
@@ -170,6 +203,12 @@ class ChatRenderer:
                 add_generation_prompt=generation_prompt,
                 **self._variables,
             )
+        except _ReadsTheClockError:
+            raise MismatchError(
+                f"{where}: the chat template reads the clock: the same record would give other tokens tomorrow",
+                next_step="set chat_template_kwargs: {date_string: ...} to a date of your choice where the template "
+                "has that variable, else write a date into a copy of it and name that as chat_template",
+            ) from None
         except Exception as error:  # templates raise whatever they like, also by `raise_exception`
             raise RecordError(f"{where}: the chat template failed: {type(error).__name__}: {error}") from error
         texts, spans = rendered
@@ -182,6 +221,8 @@ class ChatRenderer:
             opened = begin if text[:begin].rstrip().endswith(opening) else text.find(opening, begin, end)
             while opened >= 0:
                 closed = text.find(closing, opened, end)
+                if closed < 0 and text[begin:opened].strip():
+                    break  # the tag is spoken of, not opened
                 stop = end if closed < 0 else closed + len(closing)
                 yield opened, stop
                 opened = text.find(opening, stop, end)

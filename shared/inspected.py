@@ -117,6 +117,7 @@ class _DumpConfig(Settings):
 
 
 class _TrainData(Settings):
+    model_config = ConfigDict(extra="ignore")
     dataset: str | None = None
     text: TextSettings | None = None
 
@@ -136,7 +137,7 @@ def open_inspected(path: str, tokenizer: str | None, overrides: Sequence[str]) -
         ConfigError: text without a tokenizer, or a config that has neither teacher nor student.
     """
     if (Path(path) / MANIFEST_NAME).is_file():
-        return InspectedDataset(path)
+        return _open_dataset(path, tokenizer, overrides)
     if not path.endswith(CONFIG_SUFFIXES):
         settings = check_settings(TextSettings, {"files": [path]}, overrides, name=path)
         if tokenizer is None:
@@ -153,7 +154,7 @@ def open_inspected(path: str, tokenizer: str | None, overrides: Sequence[str]) -
         train = check_settings(_TrainConfig, tree, overrides, name=path)
         model, text = train.student, train.data.text
         if train.data.dataset is not None:
-            return InspectedDataset(train.data.dataset)
+            return _open_dataset(train.data.dataset, tokenizer, [])
     else:
         raise ConfigError(f"{path} has neither teacher nor student", next_step="name a dump's or a training's config")
     if text is None:
@@ -161,6 +162,12 @@ def open_inspected(path: str, tokenizer: str | None, overrides: Sequence[str]) -
     if tokenizer is not None:
         model = model.model_copy(update={"tokenizer": tokenizer})
     return InspectedText(text, model, context=True)
+
+
+def _open_dataset(folder: str, tokenizer: str | None, overrides: Sequence[str]) -> InspectedDataset:
+    if tokenizer is not None or overrides:
+        raise ConfigError(f"{folder} is a dataset: it has its own tokenizer, and nothing is left to set")
+    return InspectedDataset(folder)
 
 
 def _name_of(record: Record | BadRecord) -> str | None:

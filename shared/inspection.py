@@ -58,7 +58,8 @@ class Inspector:
             styles = (SUPERVISED, OTHER) if ids[0] not in self._control_ids else (SUPERVISED_CONTROL, OTHER_CONTROL)
             style = styles[0 if mark else 1]
             text.append(f"⟦{shown}⟧" if plain and mark else shown, style="" if plain else style)
-        text.right_crop(text.plain.endswith("\n"))
+        if text.plain.endswith("\n"):
+            text.right_crop(1)
         return text
 
     def _table(self, row: Row) -> Table:

@@ -10,14 +10,30 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        RecordError: it is not UTF-8, not JSON, or nested too deeply.
+        RecordError: it is not UTF-8, not JSON, nested too deeply, or has a key twice.
     """
     try:
-        return json.loads(text if isinstance(text, str) else text.decode())
+        decoded = text if isinstance(text, str) else text.decode()
+        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_refuse)
     except UnicodeDecodeError as error:
         raise RecordError(f"{where}: not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise RecordError(f"{where}: not JSON: {error}") from None
+        raise RecordError(
+            f"{where}: not JSON: {error}", next_step="give one object on each line, or one array of objects"
+        ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Where a key stands twice Python would let the last one win in silence."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+    return fields
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def require_whole_characters(value: Any, where: str) -> None:

@@ -92,7 +92,8 @@ def inspect_command(
     if not shown and not read_all:
         wanted = f"sample id {sample_id!r}" if sample_id else f"number {row}"
         raise ConfigError(
-            f"{path}: there is no row to show with {wanted}", next_step="logit-shards inspect --all says why"
+            f"{path}: there is no row to show with {wanted}",
+            next_step=f"logit-shards inspect {path} --all says what became of all records",
         )
     summary = inspected.summary() if read_all else None
     if as_json:
@@ -110,7 +111,7 @@ def inspect_command(
             console.print(line)
     if summary:
         console.print(f"all of {path}: {summary}")
-    if step := next_step(path):
+    if shown and not overrides and (step := next_step(path)):
         console.print(f"  next: {step}")
 
 

@@ -90,7 +90,7 @@ def _array_records(file: TextFile, text: bytes) -> Iterator[RawRecord | BadRecor
         array = parse_json(text, file.name)
     except RecordError as error:
         raise DamagedDataError(
-            f"{error}; it begins like a JSON array, but is none", next_step="give one JSON object on each line"
+            f"{error.args[0]}; it begins like a JSON array, but is none", next_step="give one JSON object on each line"
         ) from None
     for index, fields in enumerate(array):
         try:

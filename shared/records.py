@@ -93,12 +93,19 @@ class RecordReader:
             raise ConfigError(f"{file.name}: not one of its records is of a known form", next_step=NAME_THE_FIELDS)
 
     def _layout(self, file: TextFile, raw: RawRecord) -> Layout:
-        """Told by the first record that can be read."""
+        """Told by the first record that can be read; all others must be like it."""
+        layout = find_layout(self._settings, raw)
         if file.name not in self._layouts:
-            layout = find_layout(self._settings, raw)
             logger.info("%s: read as %s (%s)", file.name, layout.form, ", ".join(layout.fields))
             self._layouts[file.name] = layout
-        return self._layouts[file.name]
+        expected = self._layouts[file.name]
+        if layout != expected:
+            raise RecordError(
+                f"{raw.where}: is {layout.form} ({', '.join(layout.fields)}), but the first record of the file is "
+                f"{expected.form} ({', '.join(expected.fields)})",
+                next_step=NAME_THE_FIELDS,
+            )
+        return expected
 
 
 def content_id(content: Chat | PlainText | Tokens) -> str:
@@ -121,6 +128,8 @@ def first_of_repeats(sample_id: str) -> str:
 
 def _own_id(raw: RawRecord, id_field: str | None) -> str | None:
     present = [name for name in ([id_field] if id_field else ID_FIELDS) if raw.fields.get(name) is not None]
+    if not present and id_field is not None:
+        raise RecordError(f"{raw.where}: no field {id_field!r} for the sample id")
     if not present:
         return None
     value = raw.fields[present[0]]

@@ -20,7 +20,7 @@ from shared.errors import MismatchError, RecordError
 from shared.marked_text import MarkedText, Span
 from shared.rows import Bool, Int32
 
-CACHED_PROMPT_ENDS = 4096
+CACHED_PROMPT_ENDS, CACHED_CHARACTERS = 4096, 256
 UNTYPEABLE = "\ufdd0control"  # begins with a noncharacter; hidden spellings are restored by then
 
 
@@ -42,6 +42,12 @@ class Tokenized:
     def touching(self, span: Span) -> Bool:
         """Which tokens have a character of the span."""
         return (self.starts_L < span[1]) & (self.stops_L > span[0])
+
+    def touching_any(self, spans: Sequence[Span]) -> Bool:
+        """Which tokens have a character of one of many spans, which are in order."""
+        begins, ends = np.asarray(spans, dtype=np.int64).T
+        last_before_L = np.searchsorted(begins, self.stops_L, side="left") - 1
+        return (last_before_L >= 0) & (ends[last_before_L] > self.starts_L)
 
     @staticmethod
     def joined(parts: "Iterable[tuple[int, Tokenized]]") -> "Tokenized":
@@ -92,8 +98,8 @@ class SpanTokenizer:
         mask_L = self._mask(whole, marked)
         if mask_L is None or not self._prompts_agree(whole, marked, where):
             tokenized, mask_L = self._in_pieces(marked, whole, where)
-        for span in marked.left_out:
-            mask_L &= ~tokenized.touching(span)
+        for begin, end in marked.left_out:  # a token that reaches out of it has some of the answer, and stays
+            mask_L &= (tokenized.starts_L < begin) | (tokenized.stops_L > end)
         return tokenized.ids_L, mask_L
 
     def _mask(self, tokenized: Tokenized, marked: MarkedText) -> Bool | None:
@@ -135,7 +141,8 @@ class SpanTokenizer:
     def _prompt_ids(self, marked: MarkedText, begin: int, end: int, where: str) -> Int32:
         if any(start < end and stop > begin for start, stop in marked.literal):
             return self._piece(marked, begin, end, where).ids_L
-        return self._cached_ids(marked.text[begin:end], begin > 0)
+        text = marked.text[begin:end]
+        return (self._cached_ids if len(text) <= CACHED_CHARACTERS else self._ids)(text, begin > 0)
 
     def _ids(self, text: str, inside: bool) -> Int32:
         return _tokenized(self._backend, text, self._opening if inside else "").ids_L
@@ -165,12 +172,12 @@ class SpanTokenizer:
         """Control tokens that the text spells out as text: all is done again between the real ones around them."""
         if not marked.literal:
             return tokenized
-        is_literal_L = np.any([tokenized.touching(span) for span in marked.literal], axis=0)
+        is_literal_L = tokenized.touching_any(marked.literal)
         real = np.flatnonzero(self._is_control.of(tokenized.ids_L) & ~is_literal_L).tolist()
         parts: list[tuple[int, Tokenized]] = []
         for before, behind in pairwise([-1, *real, len(tokenized)]):
             begin = int(tokenized.stops_L[before]) if before >= 0 else 0
-            end = int(tokenized.starts_L[behind]) if behind < len(tokenized) else len(marked.text)
+            end = int(tokenized.offsets_L2[behind, 0]) if behind < len(tokenized) else len(marked.text)
             if is_literal_L[before + 1 : behind].any():
                 opening = UNTYPEABLE if before >= 0 else ""
                 parts.append((begin, _tokenized(self._text_only, marked.text[begin:end], opening)))

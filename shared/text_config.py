@@ -26,7 +26,8 @@ class TextSettings(Settings):
     text_field: str | None = None
     """Field of plain text; by default `text`."""
     id_field: str | None = None
-    """Field of the sample id; by default `id` or `sample_id`.  Records without it are named by their content."""
+    """Field of the sample id, which every record must have; by default `id` or `sample_id`, and records that have
+    neither are named by their content."""
     system: str | None = None
     """System turn for chats, and prompts with a response, that have none of their own."""
     chat_template: str | None = None
@@ -63,6 +64,8 @@ class TextSettings(Settings):
         others = self.named_forms() - {self.form}
         if self.form != "auto" and others:
             raise ValueError(f"form is {self.form}, but a field of {', '.join(sorted(others))} is named")
+        if self.supervise == "everything" and not self.supervise_reasoning:
+            raise ValueError("supervise: everything has the reasoning in it; say every_turn to leave it out")
         if not all(self.reasoning_tags):
             raise ValueError("reasoning_tags cannot be empty")
         reserved = RENDER_VARIABLES & self.chat_template_kwargs.keys()

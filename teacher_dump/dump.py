@@ -71,11 +71,12 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
                 f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {vocab_size}",
                 next_step="name the tokenizer that belongs to the teacher as teacher.tokenizer",
             )
+        template = tokenizer.chat_template
         plan = Plan(
             teacher=engine.identity,
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.backend_tokenizer),
-            chat_template_sha256=sha256_of_text(tokenizer.chat_template) if tokenizer.chat_template else None,
+            chat_template_sha256=sha256_of_text(template) if isinstance(template, str) else None,
             keep=settings.keep.model_dump(mode="json"),
             temperatures=settings.temperatures,
             input=_input_identity(settings.data, reader, tally),

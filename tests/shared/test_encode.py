@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.encode import BatchEncoder, EncodedRow
-from shared.errors import ConfigError, RecordError
+from shared.errors import ConfigError, MismatchError, RecordError
 from shared.layout import Chat, PlainText, Tokens
 from shared.records import Record
 from shared.text_config import TextSettings
-from tests.chat_templates import CHATML, CONTROL_TOKENS, FAMILIES, THINK_TAGS, merged
+from tests.chat_templates import CHATML, CONTROL_TOKENS, FAMILIES, QWEN_THINKING, THINK_TAGS, merged
 from tests.tiny import SENTENCES, make_spaced_tokenizer, make_tokenizer
 
 MERGING = ["a\n\n\nb", "five\n\n\n\nfive", "x   five", "it is five", "user\n\nfive", "model\nfive"]
@@ -236,6 +236,7 @@ def test_encode_refuses_rewritten_history_and_takes_the_last_turn_of_it(tokenize
         ("five", ["five<|im_end|>"]),
         ("five </think> is not an opening", ["five </think> is not an opening<|im_end|>"]),
         ("<think>never closed", []),
+        ("Use <think> tags. It is 4.", ["Use <think> tags. It is 4.<|im_end|>"]),
     ],
 )
 def test_encode_leaves_out_the_reasoning_where_the_settings_say_so(tokenizer, answer, left):
@@ -320,3 +321,93 @@ def test_encode_gives_every_record_its_own_answer_in_order(tokenizer):
     assert isinstance(encoded[2], RecordError)
     assert "f:2: the conversation opens with an assistant turn" in str(encoded[2])
     assert [e.row.sample_id for e in encoded if isinstance(e, EncodedRow)] == ["0", "1", "3", "4"]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me see."])
+def test_encode_refuses_a_template_that_leaves_out_a_tool_call_or_a_tool(tokenizer, content):
+    """ChatML alone would print None for it, or nothing, and that would be learnt."""
+    call = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    messages = [{"role": "user", "content": "2+3"}, call, {"role": "tool", "content": "5"}]
+    with pytest.raises(RecordError, match="the chat template leaves out what the assistant says: …'add'"):
+        encode(tokenizer, Chat(messages=messages))
+    with pytest.raises(RecordError, match="the chat template leaves out the tool 'add'"):
+        encode(tokenizer, chat(("user", "2+3"), ("assistant", "5"), tools=[TOOL]))
+
+
+def test_encode_notes_reasoning_beside_the_content_that_the_template_drops(tokenizer):
+    thought = {"role": "assistant", "content": "five", "reasoning_content": "two and three"}
+    content = Chat(messages=[{"role": "user", "content": "2+3"}, thought])
+    assert encode(tokenizer, content).reworded
+    shows = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}")
+    assert not encode(tokenizer, content, shows).reworded
+
+
+def test_encode_refuses_a_template_that_reads_the_clock_whatever_it_is_given(tokenizer):
+    clock = "{{ strftime_now('%Y') }}{{ date_string }}" + CHATML
+    with pytest.raises(MismatchError, match=r"chat\.jsonl:1: the chat template reads the clock"):
+        encode(tokenizer, chat(*ROUNDS), clock, chat_template_kwargs={"date_string": "2020"})
+
+
+def test_encode_refuses_a_variable_that_the_template_has_not(tokenizer):
+    with pytest.raises(ConfigError, match="the chat template has no variable 'enable_thinkng'"):
+        encode(tokenizer, chat(*ROUNDS), QWEN_THINKING, chat_template_kwargs={"enable_thinkng": False})
+
+
+def test_encode_refuses_weight_0_where_everything_is_supervised(tokenizer):
+    content = chat(*ROUNDS)
+    content.messages[1]["weight"] = 0
+    with pytest.raises(RecordError, match="a turn has weight 0, but supervise is everything"):
+        encode(tokenizer, content, supervise="everything")
+
+
+def test_encode_takes_the_line_feed_behind_an_end_of_turn_out_of_a_mark(tokenizer):
+    wide = FAMILIES["chatml_marked"].template.replace(
+        "<|im_end|>{% endgeneration %}", "<|im_end|>{{ '\n' }}{% endgeneration %}"
+    )
+    encoded = encode(tokenizer, chat(*ROUNDS), wide)
+    assert [text for mark, text in runs(tokenizer, encoded) if mark] == ["five<|im_end|>", "blue<|im_end|>"]
+    assert not encoded.unended
+
+
+def test_encode_refuses_marks_that_leave_turns_out(tokenizer):
+    last_alone = FAMILIES["chatml_marked"].template.replace(
+        "{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}"
+    )
+    with pytest.raises(RecordError, match="marks 1 spans as generated, but there are 2 turns of the assistant"):
+        encode(tokenizer, chat(*ROUNDS), last_alone)
+
+
+def test_encode_keeps_a_token_that_has_both_the_tag_and_some_of_the_answer(tmp_path):
+    sentences = [*SENTENCES, *["</think>A </think>A"] * 50]
+    merging = make_tokenizer(tmp_path, vocab_size=400, sentences=sentences)
+    encoded = encode(merging, chat(("user", "a"), ("assistant", "<think>x</think>A.")), supervise_reasoning=False)
+    supervised = [text for mark, text in runs(merging, encoded) if mark]
+    assert "A" in supervised[0], "the first of the answer is learnt"
+    assert supervised[0].endswith(".<|im_end|>")
+
+
+def test_encode_spells_control_tokens_out_beside_characters_that_are_composed(tmp_path):
+    """NFC gives a letter and its mark the place of the letter alone."""
+    from tokenizers import normalizers
+
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    encoded = encode(tokenizer, chat(("user", "a"), ("assistant", "x <|im_end|> e\u0301")))
+    assert runs(tokenizer, encoded)[1] == (True, "x <|im_end|> \u00e9<|im_end|>")
+    assert control_tokens(tokenizer, encoded) == ["<|im_start|>", "<|im_end|>"] * 2
+
+
+def test_encode_of_many_spelt_control_tokens_needs_no_more_than_the_text(tokenizer):
+    """Twenty thousand of them took four gigabytes once."""
+    import tracemalloc
+
+    text = "<|im_end|> five\n" * 20_000
+    tracemalloc.start()
+    encoded = encode(tokenizer, PlainText(text=text))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert control_tokens(tokenizer, encoded) == ["<|im_end|>"], "its own, at the end"
+    assert peak_bytes < 1000 * len(text)

@@ -131,3 +131,34 @@ def test_inspect_says_what_it_lacks(inspect, folder, teacher_folder, tmp_path):
     code, _, errors = inspect(tmp_path / "other.yaml")
     assert code == 2
     assert "has neither teacher nor student" in errors
+
+
+def test_inspect_shows_text_that_ends_without_a_line_feed(inspect, folder, teacher_folder):
+    path = write_jsonl(folder / "plain.jsonl", [{"text": "two plus three"}])
+    code, output, _ = inspect(path, "--tokenizer", teacher_folder)
+    assert code == 0
+    assert output.splitlines()[1].endswith("wo plus three<|im_end|>⟧")
+
+
+def test_inspect_of_a_dataset_has_nothing_to_set(inspect, folder, teacher_folder):
+    for options in (("--tokenizer", teacher_folder), ("--set", "max_tokens=3")):
+        code, _, errors = inspect(folder / "dump", *options)
+        assert code == 2
+        assert "is a dataset: it has its own tokenizer" in errors
+
+
+def test_inspect_takes_the_config_of_a_training_with_all_its_settings(inspect, folder, teacher_folder):
+    data = {"dataset": str(folder / "dump"), "on_too_long": "drop"}
+    tree = {"student": {"model": str(teacher_folder)}, "data": data, "output": "out"}
+    (folder / "long.yaml").write_text(yaml.safe_dump(tree))
+    code, output, _ = inspect(folder / "long.yaml")
+    assert code == 0
+    assert "id chat-0: " in output
+
+
+def test_inspect_draws_a_picture(inspect, folder, teacher_folder):
+    code, _, _ = inspect(folder / "chats.jsonl", "--tokenizer", teacher_folder, "--svg", folder / "chat.svg")
+    assert code == 0
+    picture = (folder / "chat.svg").read_text()
+    assert picture.startswith("<svg ")
+    assert "assistant" in picture

@@ -153,12 +153,14 @@ def test_layout_is_told_file_by_file(write):
     assert [type(content) for content in contents(*files)] == [Chat, PlainText, Tokens]
 
 
-def test_layout_is_the_first_records_and_later_ones_without_its_fields_are_bad(write):
-    path = write({"text": "a"}, {"messages": TURNS}, {"text": "b", "messages": TURNS}, {"text": None})
+def test_layout_is_the_first_records_and_later_ones_of_another_are_bad(write):
+    """Also one that has both: had the first one had a null in its chat, all would be read as text in silence."""
+    path = write({"text": "a", "messages": None}, {"messages": TURNS}, {"text": "b", "messages": TURNS}, {"text": None})
     first, chat, both, null = read(path)
-    assert (first.content, both.content) == (PlainText(text="a"), PlainText(text="b"))
-    assert str(chat.error).startswith(f"{path}:2: no field 'text'; there are 'messages'\n  next: name ")
-    assert str(null.error) == f"{path}:4: field 'text': expected a string, got NoneType None"
+    assert first.content == PlainText(text="a")
+    assert str(chat.error).startswith(f"{path}:2: is chat (messages), but the first record of the file is text (text)")
+    assert str(both.error).startswith(f"{path}:3: can be read in several ways: chat (messages) and text (text)")
+    assert str(null.error).startswith(f"{path}:4: a record of no known form; it has 'text'")
 
 
 def test_layout_is_told_by_the_first_record_that_has_one(write):
@@ -359,7 +361,7 @@ def test_sample_id_is_under_one_of_two_names_or_the_one_named(write):
     assert ids(path) == ["a", "b", "3"]
     assert ids(path, id_field="uid") == ["u0", "u1", "u2"]
     assert ids(path, id_field="sample_id")[:2] == ["x", "b"]
-    assert ids(path, id_field="gone") == [content_id(PlainText(text="t")) + suffix for suffix in ("", "#2", "#3")]
+    assert refusal(path, id_field="gone") == f"{path}:1: no field 'gone' for the sample id"
 
 
 def test_sample_id_named_is_refused_where_it_is_no_name(write):

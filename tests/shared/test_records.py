@@ -164,7 +164,7 @@ def test_sample_id_that_is_no_name_is_refused(write, own_id):
             "holds half a surrogate pair",
         ),
         (["a"], "expected a JSON object, got list"),
-        ({"text": "a", "n": 1}, "no field 'messages'; there are 'text', 'n'"),
+        ({"text": "a", "n": 1}, "is text (text), but the first record of the file is chat (messages)"),
         ({"messages": []}, "field 'messages': expected a non-empty list, got []"),
         ({"messages": "hi"}, "field 'messages': expected a list of turns, got str 'hi'"),
         ({"messages": ["hi"]}, "messages[0]: expected an object with role and content, got 'hi'"),
