@@ -66,7 +66,7 @@ class TextRows:
         self._settings = settings
         limits = {"max_tokens": settings.max_tokens, "the model's context": context_tokens}
         self._limits = {name: limit for name, limit in limits.items() if limit is not None}
-        self._num_logged = 0
+        self._logged: set[str] = set()
 
     def __enter__(self) -> "TextRows":
         return self
@@ -124,8 +124,11 @@ class TextRows:
         return row
 
     def _log_bad(self, error: RecordError) -> None:
-        self._num_logged += 1
-        if self._num_logged <= LOGGED_BAD_RECORDS:
-            logger.warning("skipped: %s", error.args[0])
-        if self._num_logged == LOGGED_BAD_RECORDS:
+        """The first few, each once, however often the records are read."""
+        message = f"skipped: {error.args[0]}"
+        if message in self._logged or len(self._logged) >= LOGGED_BAD_RECORDS:
+            return
+        self._logged.add(message)
+        logger.warning(message)
+        if len(self._logged) == LOGGED_BAD_RECORDS:
             logger.warning("further skipped records are counted only")
