@@ -186,6 +186,18 @@ def test_rows_give_the_prompt_of_inference_where_only_the_answer_splits_its_last
     assert runs(merging, row)[1] == (True, "five<|im_end|>")
 
 
+def test_rows_give_the_prompt_of_inference_before_every_answer_and_not_the_first_alone(merging):
+    """The first answer is empty, so that its prompt is the same in the whole; the second's is not."""
+    merging = with_template(merging, BLANK_LINE_BEFORE_ANSWER)
+    row = row_of(merging, ("user", "two"), ("assistant", ""), ("user", "red"), ("assistant", "five"))
+    ids, end = row.input_ids_L.tolist(), encode(merging, "assistant\n\n")
+    begins = [t for t in range(1, len(ids)) if row.label_mask_L[t] and not row.label_mask_L[t - 1]]
+    assert len(begins) == 2
+    for begin in begins:
+        assert ids[begin - len(end) : begin] == end
+    assert [text for mark, text in runs(merging, row) if mark] == ["<|im_end|>", "five<|im_end|>"]
+
+
 def test_rows_cut_a_token_that_straddles_the_end_of_a_turn(tmp_path):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     gluing = make_tokenizer(tmp_path, sentences=["foxbird"] * 50, template=template)
