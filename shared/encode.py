@@ -92,8 +92,8 @@ class BatchEncoder:
     def _row(self, record: Record, marked: MarkedText, ids_L: Int32, mask_L: Bool) -> Encoded:
         if isinstance(record.content, PlainText):
             ids_L = self._with_ends(ids_L)
-            mask_L = np.ones(len(ids_L), dtype=np.bool_)
         if isinstance(record.content, PlainText) or self._settings.supervise == "everything":
+            mask_L = np.ones(len(ids_L), dtype=np.bool_)
             mask_L[:1] = False  # nothing precedes it
         if mask_L[:1].any():
             return RecordError(f"{record.where}: the first token would be supervised, but nothing precedes it")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from pydantic import ConfigDict
 from tokenizers import Tokenizer
@@ -84,22 +84,25 @@ class InspectedText:
         self._reader = RecordReader(settings)
         tokenizer = load_tokenizer(model)
         self.tokenizer: Tokenizer = tokenizer.backend_tokenizer
-        self._text = TextRows(tokenizer, settings, context_tokens=context_tokens(model) if context else None)
+        limit = context_tokens(model) if context else None
+        self._all = TextRows(tokenizer, settings, context_tokens=limit)
+        few = settings.model_copy(update={"processes": 1})  # not worth starting others for
+        self._few = TextRows(tokenizer, few, context_tokens=limit)
 
     def rows(self, selection: Selection) -> Iterator[tuple[Row, str]]:
         from shared.text_rows import Tally
 
         records = selection.picks((_name_of(record), record) for record in self._reader.records())
         for record in records:
-            for row in self._text.rows([record], Tally()):
+            for row in self._few.rows([record], Tally()):
                 yield row, record.where if isinstance(record, Record) else ""
 
     def summary(self) -> str:
         from shared.text_rows import Tally
 
         tally = Tally()
-        with self._text:
-            for _ in self._text.rows(self._reader.records(), tally):
+        with self._all:
+            for _ in self._all.rows(self._reader.records(), tally):
                 pass
         return tally.summary()
 
@@ -178,5 +181,5 @@ def next_step(path: str) -> str | None:
     """The command that reads what was inspected."""
     if not path.endswith(CONFIG_SUFFIXES):
         return None
-    command: Any = "teacher-dump" if "teacher" in read_yaml(Path(path)) else "student-train"
+    command = "teacher-dump" if "teacher" in read_yaml(Path(path)) else "student-train"
     return f"{command} run {path}"

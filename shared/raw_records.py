@@ -24,7 +24,7 @@ ZSTD_BLOCK_BYTES = 1 << 16
 MAX_ZSTD_WINDOW_BYTES = 1 << 31
 """Also files that were written with `zstd --long=31`."""
 ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
-UNREADABLE = (UnicodeDecodeError, KeyError, OverflowError, ValueError)
+UNREADABLE = (ValueError, KeyError, OverflowError)
 """A string column may hold any bytes, a map one key twice, a date a year that is none."""
 COLUMNAR_BATCH_ROWS = 256
 
@@ -195,7 +195,7 @@ def _damage(file: TextFile) -> Iterator[None]:
     """The libraries raise all kinds of exceptions for bytes that they cannot make sense of; ours says where."""
     try:
         yield
-    except (LogitferryError, GeneratorExit, KeyboardInterrupt, MemoryError):
+    except (LogitferryError, MemoryError):
         raise
     except Exception as error:
         raise DamagedDataError(

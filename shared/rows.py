@@ -10,6 +10,7 @@ T declared temperatures.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class Row:
     def num_positions(self) -> int:
         return int(self.label_mask_L.sum())
 
-    def cut(self, num_tokens: int) -> "Row":
+    def cut(self, num_tokens: int) -> Self:
         """The first so many tokens."""
         return replace(self, input_ids_L=self.input_ids_L[:num_tokens], label_mask_L=self.label_mask_L[:num_tokens])
 
@@ -58,6 +59,19 @@ class Row:
     def source_index_P(self) -> NDArray[np.int64]:
         """t-1 for every position: where its distribution is computed and where it supervises."""
         return np.flatnonzero(self.label_mask_L) - 1
+
+
+R = TypeVar("R", bound="Row")
+
+
+def fitted(row: R, limit: int, *, truncate: bool) -> tuple[R | None, str | None]:
+    """The row, cut or left out where it has more than `limit` tokens, and under which count that goes."""
+    if row.num_tokens <= limit:
+        return row, None
+    if not truncate:
+        return None, "dropped_too_long"
+    row = row.cut(limit)
+    return (row, "truncated") if row.num_positions else (None, "dropped_no_label")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +151,11 @@ class LogitRow(Row):
 
     teacher: Positions
 
-    def cut(self, num_tokens: int) -> "LogitRow":
+    def cut(self, num_tokens: int) -> Self:
         """The first so many tokens, and what the teacher said at their positions."""
         kept = int(self.label_mask_L[:num_tokens].sum())
-        return LogitRow(
-            sample_id=self.sample_id,
+        return replace(
+            self,
             input_ids_L=self.input_ids_L[:num_tokens],
             label_mask_L=self.label_mask_L[:num_tokens],
             teacher=self.teacher.split([kept, self.num_positions - kept])[0],

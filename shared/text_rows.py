@@ -13,7 +13,7 @@ from shared.errors import RecordError
 from shared.manifest import losses_line
 from shared.raw_records import BadRecord
 from shared.records import Record
-from shared.rows import Row
+from shared.rows import Row, fitted
 from shared.text_config import TextSettings
 
 ENCODE_BATCH_RECORDS = 256
@@ -40,6 +40,11 @@ class Tally:
     """Rows of which the chat template has changed or shortened an answer, as where it drops reasoning."""
     unended: int = 0
     """Rows whose last answer ends without a control token: the student would not learn to stop there."""
+
+    def count(self, fate: str | None) -> None:
+        """One more record of this fate, if any."""
+        if fate is not None:
+            setattr(self, fate, getattr(self, fate) + 1)
 
     def summary(self) -> str:
         """One line for people."""
@@ -102,7 +107,7 @@ class TextRows:
             tally.skipped_bad += 1
             self._log_bad(encoded)
             return None
-        row = encoded.row
+        row: Row | None = encoded.row
         exceeded = [f"{name} is {limit}" for name, limit in self._limits.items() if row.num_tokens > limit]
         if exceeded:
             assert isinstance(record, Record)
@@ -111,14 +116,13 @@ class TextRows:
                     f"{record.where}: {row.num_tokens} tokens, but {' and '.join(exceeded)}",
                     next_step="set on_too_long: drop or truncate, which count such rows",
                 )
-            if self._settings.on_too_long == "drop":
-                tally.dropped_too_long += 1
-                return None
-            row = row.cut(min(self._limits.values()))
-        if not row.num_positions:
-            tally.dropped_no_label += 1
+            row, fate = fitted(row, min(self._limits.values()), truncate=self._settings.on_too_long == "truncate")
+            tally.count(fate)
+        elif not row.num_positions:
+            row = None
+            tally.count("dropped_no_label")
+        if row is None:
             return None
-        tally.truncated += bool(exceeded)
         tally.reworded += encoded.reworded
         tally.unended += encoded.unended and not exceeded
         return row

@@ -19,7 +19,7 @@ from shared.fingerprint import require_same_tokenizer
 from shared.manifest import losses_line
 from shared.progress import progress
 from shared.records import RecordReader
-from shared.rows import LogitRow, Row
+from shared.rows import LogitRow, Row, fitted
 from shared.text_config import TextSettings
 from shared.text_rows import Tally, TextRows
 from student_train.config import DataSettings
@@ -58,21 +58,28 @@ class DatasetSource:
     dataset: LogitDataset
     sample_ids: list[list[str]]
     vocab_size: int
-    fit: "Fit | None" = None
+    context_tokens: int | None = None
+    """Longer rows are cut, or left out; None where there are none."""
+    truncate: bool = False
     tally: dict[str, int] = field(default_factory=dict)
-    """What became of rows that exceed the student's context."""
+    """What became of longer rows."""
 
     @property
     def temperatures(self) -> list[float]:
         return self.dataset.manifest.temperatures
 
     def read_block(self, index: int) -> Sequence[Row]:
-        rows = self.dataset.read_shard(index)
-        if self.fit is not None:
-            rows = self.fit.rows(rows, {})
+        rows = [row for row, _ in self.fitted_block(index) if row is not None]
         if self.vocab_size >= self.dataset.manifest.vocab_size:
             return rows
         return [replace(row, teacher=row.teacher.folded(self.vocab_size, self.temperatures)) for row in rows]
+
+    def fitted_block(self, index: int) -> list[tuple[LogitRow | None, str | None]]:
+        """Every row of a block, or none where it does not fit, with the count that it goes under."""
+        rows = self.dataset.read_shard(index)
+        if self.context_tokens is None:
+            return [(row, None) for row in rows]
+        return [fitted(row, self.context_tokens, truncate=self.truncate) for row in rows]
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -80,28 +87,6 @@ class DatasetSource:
             "manifest_sha256": self.dataset.identity(),
             "tally": self.tally,
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """Makes the rows of a dataset fit into the student's context."""
-
-    limit: int
-    truncate: bool
-
-    def rows(self, rows: Sequence[LogitRow], tally: dict[str, int]) -> list[LogitRow]:
-        """Those that fit, cut or not; `tally` counts the others."""
-        kept: list[LogitRow] = []
-        for row in rows:
-            fate = None
-            if row.num_tokens > self.limit:
-                row = row.cut(self.limit)
-                fate = "truncated" if row.num_positions else "dropped_no_label"
-                fate = fate if self.truncate else "dropped_too_long"
-                tally[fate] = tally.get(fate, 0) + 1
-            if fate in (None, "truncated"):
-                kept.append(row)
-        return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +163,15 @@ def _open_dataset(
             f"the student's context is {context_tokens}, but {folder} has a row of {longest} tokens",
             next_step="set data.on_too_long: drop or truncate, which count such rows",
         )
-    fit = Fit(limit=context_tokens, truncate=settings.on_too_long == "truncate")
-    tally = {"truncated": 0, "dropped_too_long": 0, "dropped_no_label": 0}
+    truncate = settings.on_too_long == "truncate"
+    source = DatasetSource(
+        dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size, context_tokens=context_tokens, truncate=truncate
+    )
+    fates: Counter[str] = Counter()
     for index, shard in enumerate(dataset.manifest.shards):
         if shard.longest_row > context_tokens:
-            sample_ids[index] = [row.sample_id for row in fit.rows(dataset.read_shard(index), tally)]
-    logger.info("%s: rows longer than %d tokens%s", folder, context_tokens, losses_line(tally))
-    return DatasetSource(dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size, fit=fit, tally=tally)
+            block = source.fitted_block(index)
+            sample_ids[index] = [row.sample_id for row, _ in block if row is not None]
+            fates.update(fate for _, fate in block if fate is not None)
+    logger.info("%s: rows longer than %d tokens%s", folder, context_tokens, losses_line(fates))
+    return replace(source, tally=dict(fates))

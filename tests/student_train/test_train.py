@@ -259,7 +259,7 @@ def test_rows_longer_than_the_students_context_are_cut_or_dropped_and_counted(da
         assert rows.keys() == set(chain(*source.sample_ids)) == whole.keys() - lost
         assert max(row.num_tokens for row in rows.values()) <= 100
         assert sum(source.tally.values()) == len(long)
-        assert source.tally["truncated"] == (len(long - unanswered) if policy == "truncate" else 0)
+        assert source.tally.get("truncated", 0) == (len(long - unanswered) if policy == "truncate" else 0)
         for name, row in rows.items():
             positions = row.num_positions
             assert row.input_ids_L.tolist() == whole[name].input_ids_L[:100].tolist()
