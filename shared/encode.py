@@ -69,7 +69,7 @@ class BatchEncoder:
             if isinstance(record, BadRecord):
                 encoded[place] = record.error
             elif isinstance(record.content, Tokens):
-                encoded[place] = self._ready_row(record.sample_id, record.content, record.where)
+                encoded[place] = self._ready_row(record, record.content)
             else:
                 try:
                     marked[place] = record.where, self._mark(record.content, record.where)
@@ -97,16 +97,21 @@ class BatchEncoder:
             mask_L[:1] = False  # nothing precedes it
         if mask_L[:1].any():
             return RecordError(f"{record.where}: the first token would be supervised, but nothing precedes it")
-        row = Row(sample_id=record.sample_id, input_ids_L=ids_L, label_mask_L=mask_L)
+        row = Row(sample_id=record.sample_id, source=record.source, input_ids_L=ids_L, label_mask_L=mask_L)
         is_answer = isinstance(record.content, Chat) and self._settings.supervise != "everything"
         unended = is_answer and bool(row.num_positions) and int(row.label_ids_P[-1]) not in self._control.by_id
         return EncodedRow(row=row, reworded=marked.reworded, unended=unended)
 
-    def _ready_row(self, sample_id: str, tokens: Tokens, where: str) -> Encoded:
+    def _ready_row(self, record: Record, tokens: Tokens) -> Encoded:
         largest, size = int(tokens.input_ids_L.max()), len(self._tokenizer)
         if largest >= size:
-            return RecordError(f"{where}: token id {largest}, but the tokenizer has {size} tokens")
-        row = Row(sample_id=sample_id, input_ids_L=tokens.input_ids_L, label_mask_L=tokens.label_mask_L)
+            return RecordError(f"{record.where}: token id {largest}, but the tokenizer has {size} tokens")
+        row = Row(
+            sample_id=record.sample_id,
+            source=record.source,
+            input_ids_L=tokens.input_ids_L,
+            label_mask_L=tokens.label_mask_L,
+        )
         return EncodedRow(row=row)
 
     def _around_text(self) -> tuple[list[int], list[int]]:

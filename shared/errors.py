@@ -44,7 +44,15 @@ class DamagedDataError(LogitferryError, OSError):
     __str__ = LogitferryError.__str__
 
 
-class MisalignedRowError(DamagedDataError):
+class DamagedManifestError(DamagedDataError):
+    """A manifest that is none, or that says what no dataset can hold."""
+
+
+class DamagedShardError(DamagedDataError):
+    """A shard that is missing, is not the bytes that were written, or holds what no writer of the format produces."""
+
+
+class MisalignedRowError(DamagedShardError):
     """A row that does not hold exactly one distribution per supervised token, in order."""
 
 
@@ -65,6 +73,10 @@ class MismatchError(LogitferryError, ValueError):
     """Things that do not belong together: tokenizers, vocabularies, a resumed dump with other settings."""
 
     exit_code = 4
+
+
+class ForeignTokenizerError(MismatchError):
+    """A tokenizer that gives other ids than the one a dataset was made with."""
 
 
 class OutputError(LogitferryError, OSError):

@@ -75,7 +75,7 @@ def column_names(settings: TextSettings) -> set[str]:
     """Every field that the settings may want to read."""
     named = (settings.messages_field, settings.prompt_field, settings.response_field, settings.text_field)
     default = (*MESSAGES_FIELDS, *PROMPT_FIELDS, *RESPONSE_FIELDS, TEXT_FIELD, *TOKEN_FIELDS, *BESIDE_CHATS, *ID_FIELDS)
-    return {*default, *filter(None, (*named, settings.id_field))}
+    return {*default, *filter(None, (*named, settings.id_field, settings.source_field))}
 
 
 def find_layout(settings: TextSettings, raw: RawRecord) -> Layout:

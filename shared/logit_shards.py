@@ -1,5 +1,6 @@
 """The command `logit-shards`: what is in a dataset, and is it whole?  Needs no torch."""
 
+from collections import Counter
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,19 @@ import click
 from rich.console import Console
 
 from shared.cli import command_group, emit, json_option, run_command
-from shared.dataset import LogitDataset, verify
+from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError
 from shared.files import write_atomically
-from shared.inspected import Selection, next_step, open_inspected
+from shared.inspected import InspectedDataset, Selection, next_step, open_inspected
 from shared.inspection import Inspector
+from shared.inspection_html import html_page
 from shared.manifest import losses_line
 from shared.progress import progress
+from shared.shard_reader import REPAIR
+from shared.verification import verify
 
 PICTURE_COLUMNS = 100
+FILE_COLUMNS = 10_000  # elsewhere than on a terminal one line is one token, however long
 
 
 @command_group("logit-shards", "Look into, check and hand on datasets of teacher log-probabilities.")
@@ -35,12 +40,13 @@ def info_command(dataset: str, as_json: bool) -> None:
 
 @cli.command("verify")
 @click.argument("dataset")
+@click.option("--deep", is_flag=True, help="Also decode every value and check alignment, ranges and mass.")
 @json_option
-def verify_command(dataset: str, as_json: bool) -> None:
-    """Read every byte of DATASET and check it: digests, page checksums, alignment, values."""
+def verify_command(dataset: str, deep: bool, as_json: bool) -> None:
+    """Read every byte of DATASET and compare it with the manifest's digests and counts."""
     opened = LogitDataset.open(dataset)
     with progress("verify", len(opened.manifest.shards), "shards") as ticker:
-        found = verify(opened, ticker.advance)
+        found = verify(opened, deep=deep, on_shard=ticker.advance)
     result = {
         "ok": not found.faults,
         "shards": found.shards,
@@ -53,7 +59,7 @@ def verify_command(dataset: str, as_json: bool) -> None:
     if found.faults:
         raise DamagedDataError(
             f"{dataset}: {len(found.faults)} fault{'s' * (len(found.faults) > 1)}",
-            next_step="copy the damaged files again from where the dataset came from, then verify again",
+            next_step=REPAIR.format(dataset),
         )
 
 
@@ -67,8 +73,10 @@ def verify_command(dataset: str, as_json: bool) -> None:
 @click.option("--count", default=1, show_default=True, type=click.IntRange(min=1), help="How many rows to show.")
 @click.option("--id", "sample_id", help="Show the row with this sample id instead.")
 @click.option("--tokens", is_flag=True, help="One line for each token; of a dataset also what the teacher said.")
+@click.option("--at", metavar="T", type=int, help="All that the teacher said about token T of each row.")
 @click.option("--all", "read_all", is_flag=True, help="Read everything and say what becomes of it.")
 @click.option("--svg", type=click.Path(dir_okay=False), help="Also draw it as a picture into this file.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write the rows as a page for a browser instead.")
 @json_option
 def inspect_command(
     path: str,
@@ -78,16 +86,19 @@ def inspect_command(
     count: int,
     sample_id: str | None,
     tokens: bool,
+    at: int | None,
     read_all: bool,
     svg: str | None,
+    html: str | None,
     as_json: bool,
 ) -> None:
-    """Show rows as the trainer will see them, supervised tokens in colour.
+    """Show rows as the trainer will see them: supervised tokens in colour, by the teacher's surprise in a dataset.
 
     PATH is a text file (with --tokenizer), the config of a dump or a training, or a dataset.
     """
     inspected = open_inspected(path, tokenizer, overrides)
-    inspector = Inspector(inspected.tokenizer)
+    temperatures = inspected._dataset.manifest.temperatures if isinstance(inspected, InspectedDataset) else []
+    inspector = Inspector(inspected.tokenizer, temperatures)
     shown = list(inspected.rows(Selection(first=row, count=count, sample_id=sample_id)))
     if not shown and not read_all:
         wanted = f"sample id {sample_id!r}" if sample_id else f"number {row}"
@@ -96,19 +107,25 @@ def inspect_command(
             next_step=f"logit-shards inspect {path} --all says what became of all records",
         )
     summary = inspected.summary() if read_all else None
+    if html is not None:
+        write_atomically(Path(html), html_page(inspector, shown, title=path).encode("utf-8", "replace"))
     if as_json:
-        rows = [inspector.as_json(each, where, tokens=tokens) for each, where in shown]
+        rows = [inspector.as_json(each, where, tokens=tokens, at=at) for each, where in shown]
         emit({"rows": rows, "summary": summary}, [], as_json=True)
         return
     if svg is not None:
         picture = Console(record=True, file=StringIO(), width=PICTURE_COLUMNS, color_system="truecolor")
         for each, where in shown:
-            picture.print(*inspector.lines(each, where, plain=False, tokens=tokens), sep="\n")
+            picture.print(*inspector.lines(each, where, plain=False, tokens=tokens, at=at), sep="\n")
         write_atomically(Path(svg), picture.export_svg(title=f"logit-shards inspect {path}").encode())
     console = Console(soft_wrap=True, highlight=False)
-    for each, where in shown:
-        for line in inspector.lines(each, where, plain=console.color_system is None, tokens=tokens):
+    if not console.is_terminal:
+        console.width = FILE_COLUMNS
+    for each, where in shown if html is None or at is not None else []:
+        for line in inspector.lines(each, where, plain=console.color_system is None, tokens=tokens, at=at):
             console.print(line)
+    if html is not None:
+        click.echo(f"{html}: {len(shown)} row{'s' * (len(shown) != 1)}; open it in a browser")
     if summary:
         console.print(f"all of {path}: {summary}")
     if shown and not overrides and (step := next_step(path)):
@@ -117,19 +134,31 @@ def inspect_command(
 
 def _info_lines(dataset: str, info: dict[str, Any]) -> list[str]:
     teacher, keep = info["teacher"], info["keep"]
+    losses = ", ".join(f"{loss:.2g} nats at T = {temperature}" for temperature, loss in info["mean_loss_nats"].items())
     revision = teacher["revision"] or (teacher["weights_sha256"] or "")[:16]
     return [
         f"{dataset}: format version {info['format_version']}, {info['shards']} shards, {info['size_bytes']:,} bytes",
+        f"  identity    {info['identity']}",
         f"  rows        {info['rows']:,} with {info['tokens']:,} tokens, {info['positions']:,} positions"
-        + losses_line(info["input"]["tally"]),
+        + losses_line(sum((Counter(each["tally"]) for each in info["inputs"]), Counter())),
         f"  teacher     {teacher['name']} ({teacher['architecture']}, {teacher['dtype']}, {revision})",
         f"  tokenizer   {info['tokenizer_fingerprint'][:16]}…, vocabulary of {info['vocab_size']:,}",
         f"  kept        {', '.join(f'{name} {value}' for name, value in keep.items())}",
         f"              {info['kept_per_position']:.2f} ids per position, {info['kept_mass']:.4%} of the mass",
         f"  temperature {', '.join(f'{temperature:g}' for temperature in info['temperatures'])}",
-        f"  size        {info['bytes_per_position']:.1f} bytes per position, "
-        f"{info['mean_kl_nats']:.2g} nats lost in storage",
+        f"  size        {info['bytes_per_position']:.1f} bytes per position",
+        f"  rounding    lost {losses} on average",
+        *(f"  missing     {path}: run the dump again to make it" for path in info["missing"]),
+        *(f"  history     {_event_line(event)}" for event in info["history"]),
     ]
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    removed = f"{event['removed_rows']:,} rows removed" if event["removed_rows"] else ""
+    shards = f"without {', '.join(event['removed_shards'])}" if event["removed_shards"] else ""
+    sources = f"sources {', '.join(event['removed_sources'])}" if event["removed_sources"] else ""
+    parents = "of " + ", ".join(identity[:16] + "…" for identity in event["parents"])
+    return "; ".join(filter(None, [f"{event['operation']} {parents}", removed, sources, shards, event["reason"]]))
 
 
 def main() -> None:

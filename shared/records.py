@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from shared.errors import ConfigError, RecordError
@@ -29,6 +30,7 @@ class Record:
     """One sample.  `where` is its place in the files, for messages to people."""
 
     sample_id: str
+    source: str
     content: Chat | PlainText | Tokens
     where: str
 
@@ -77,6 +79,7 @@ class RecordReader:
             try:
                 content = self._layout(file, raw).content(raw, self._settings.system)
                 own_id = _own_id(raw, self._settings.id_field)
+                source = _source(raw, self._settings.source_field) or PurePosixPath(file.name).name
                 sample_id = own_id or content_id(content)
             except RecursionError:
                 yield BadRecord(error=RecordError(f"{raw.where}: is nested too deeply"))
@@ -88,7 +91,7 @@ class RecordReader:
                 repeats[sample_id] += 1
                 if repeats[sample_id] > 1:
                     sample_id = f"{sample_id}#{repeats[sample_id]}"
-            yield Record(sample_id=sample_id, content=content, where=raw.where)
+            yield Record(sample_id=sample_id, source=source, content=content, where=raw.where)
         if file.name not in self._layouts:
             raise ConfigError(f"{file.name}: not one of its records is of a known form", next_step=NAME_THE_FIELDS)
 
@@ -124,6 +127,15 @@ def first_of_repeats(sample_id: str) -> str:
     """The id of the first record of the same content; a record's own id is its own, whatever it looks like."""
     repeat = re.fullmatch(rf"([0-9a-f]{{{CONTENT_ID_DIGITS}}})#[0-9]+", sample_id)
     return repeat[1] if repeat else sample_id
+
+
+def _source(raw: RawRecord, source_field: str | None) -> str | None:
+    if source_field is None:
+        return None
+    value = raw.fields.get(source_field)
+    if not isinstance(value, str) or value == "":
+        raise RecordError(f"{raw.where}: field {source_field!r} for the source: expected a string, got {value!r}")
+    return value
 
 
 def _own_id(raw: RawRecord, id_field: str | None) -> str | None:

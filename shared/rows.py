@@ -27,6 +27,8 @@ class Row:
     """A tokenized sample and which of its tokens are supervised."""
 
     sample_id: str
+    source: str = ""
+    """Where the sample comes from: the name of its file, or what the record itself says."""
     input_ids_L: Int32
     label_mask_L: Bool
 
@@ -80,6 +82,7 @@ class Positions:
 
     The kept entries of all positions lie one after the other, ids ascending within a position.
     `tail_logsum_PT[:, j]` is log Σ p^(1/T_j) over the ids that are not kept; −inf where all are kept.
+    Where ids are sampled, `kept_logp_E` holds log weights and there is no tail: T = 0.
     """
 
     kept_counts_P: Int32

@@ -5,41 +5,67 @@ indexing and arithmetic will rely on: counts, ranges, order and finiteness.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from shared.errors import DamagedDataError, MisalignedRowError
+from shared.errors import DamagedShardError, MisalignedRowError
 from shared.rows import LogitRow, Positions
 
-ROUNDING = 1e-4  # a log-probability may exceed 0 by fp32 rounding
+LOGP_TOLERANCE = 1e-4  # a log-probability may exceed 0 by fp32 rounding
+TEXT_COLUMNS = ("sample_id", "source", "input_ids", "label_mask", "storage_loss")
+"""What the teacher did not say."""
 
 
-def tail_column(temperature: float) -> str:
-    return f"tail_logsum_t{temperature:g}".replace(".", "_")
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """What a dataset's columns are.  Ids lie in [0, vocab_size)."""
+
+    vocab_size: int
+    temperatures: tuple[float, ...]
+    """The declared ones, 1 first."""
+    has_tails: bool
+    """Is there a tail for each of them?  Sampled ids have weights, and no tail."""
+
+    @property
+    def tail_temperatures(self) -> tuple[float, ...]:
+        return self.temperatures if self.has_tails else ()
+
+    @property
+    def tail_columns(self) -> list[str]:
+        return [f"tail_logsum_t{temperature:g}".replace(".", "_") for temperature in self.tail_temperatures]
+
+    @property
+    def position_columns(self) -> list[str]:
+        """Those with one number for each position."""
+        return ["realised_logprob", "entropy", *self.tail_columns]
+
+    def schema(self) -> pa.Schema:
+        columns: dict[str, pa.DataType] = {
+            "sample_id": pa.string(),
+            "source": pa.string(),
+            "input_ids": _list_of(pa.int32()),
+            "label_mask": _list_of(pa.bool_()),
+            "kept_ids": _list_of(_list_of(pa.int32())),
+            "kept_logprobs": _list_of(_list_of(pa.float32())),
+            **{name: _list_of(pa.float32()) for name in self.position_columns},
+            "storage_loss": _list_of(pa.float32()),
+        }
+        return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
-def _list_of(element: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.field("element", element, nullable=False))
+def leaf(name: str) -> str:
+    """Where Parquet finds the values of a column."""
+    if name in ("sample_id", "source"):
+        return name
+    return f"{name}.list.element.list.element" if name.startswith("kept_") else f"{name}.list.element"
 
 
-def schema(temperatures: Sequence[float]) -> pa.Schema:
-    columns: dict[str, pa.DataType] = {
-        "sample_id": pa.string(),
-        "input_ids": _list_of(pa.int32()),
-        "label_mask": _list_of(pa.bool_()),
-        "kept_ids": _list_of(_list_of(pa.int32())),
-        "kept_logprobs": _list_of(_list_of(pa.float32())),
-        "realised_logprob": _list_of(pa.float32()),
-        "entropy": _list_of(pa.float32()),
-    } | {tail_column(temperature): _list_of(pa.float32()) for temperature in temperatures}
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
-
-
-def rows_to_table(rows: Sequence[LogitRow], temperatures: Sequence[float]) -> pa.Table:
-    """One Arrow row per sequence, in order."""
-    teacher = Positions.concatenate([row.teacher for row in rows])
+def rows_to_table(rows: Sequence[LogitRow], teacher: Positions, loss_RT: Any, row_format: RowFormat) -> pa.Table:
+    """One Arrow row per sequence, in order; `teacher` holds the positions of all rows as they shall be stored, and
+    `loss_RT` what that lost in every row at each declared temperature."""
     token_counts = [row.num_tokens for row in rows]
     position_counts = [row.num_positions for row in rows]
 
@@ -48,61 +74,66 @@ def rows_to_table(rows: Sequence[LogitRow], temperatures: Sequence[float]) -> pa
 
     arrays = [
         pa.array([row.sample_id for row in rows]),
+        pa.array([row.source for row in rows]),
         _nest(pa.array(np.concatenate([row.input_ids_L for row in rows])), token_counts),
         _nest(pa.array(np.concatenate([row.label_mask_L for row in rows])), token_counts),
         _nest(_nest(pa.array(teacher.kept_ids_E), teacher.kept_counts_P), position_counts),
         _nest(_nest(pa.array(teacher.kept_logp_E), teacher.kept_counts_P), position_counts),
         per_position(teacher.realised_logp_P),
         per_position(teacher.entropy_P),
-        *(per_position(teacher.tail_logsum_PT[:, j]) for j in range(len(temperatures))),
+        *(per_position(np.ascontiguousarray(tail_P)) for tail_P in teacher.tail_logsum_PT.T),
+        _nest(pa.array(loss_RT.astype(np.float32).ravel()), [loss_RT.shape[1]] * len(rows)),
     ]
-    target = schema(temperatures)
+    target = row_format.schema()
     return pa.Table.from_arrays(
         [array.cast(field.type) for array, field in zip(arrays, target, strict=True)], schema=target
     )
 
 
-def table_to_rows(table: pa.Table, temperatures: Sequence[float], vocab_size: int, where: str) -> list[LogitRow]:
+def table_to_rows(table: pa.Table, row_format: RowFormat, where: str) -> list[LogitRow]:
     """The rows of a table, checked.
 
     Raises:
-        DamagedDataError: columns, ids or numbers that no writer of this format produces.
+        DamagedShardError: columns, ids or numbers that no writer of this format produces.
         MisalignedRowError: a row without exactly one distribution per supervised token.
     """
-    expected = schema(temperatures)
-    if not table.schema.equals(expected):
-        raise DamagedDataError(f"{where}: expected the columns\n{expected}\nbut got\n{table.schema}")
-    column: dict[str, Any] = {name: table[name].combine_chunks() for name in table.column_names}
+    if not table.schema.equals(expected := row_format.schema()):
+        raise DamagedShardError(f"{where}: expected the columns\n{expected}\nbut got\n{table.schema}")
+    column: dict[str, Any] = {name: whole(table[name]) for name in table.column_names}
+    if nulls := [name for name, values in column.items() if _has_null(values)]:
+        raise DamagedShardError(f"{where}: column {nulls[0]} holds nulls")
     token_offsets = _offsets(column["input_ids"])
     position_offsets = _offsets(column["realised_logprob"])
     kept_counts_P = np.diff(_offsets(column["kept_ids"].flatten())).astype(np.int32)
     per_position: dict[str, Any] = {"label_mask": token_offsets} | dict.fromkeys(
-        ("kept_ids", "kept_logprobs", "entropy", *map(tail_column, temperatures)), position_offsets
+        ("kept_ids", "kept_logprobs", "entropy", *row_format.tail_columns), position_offsets
     )
     for name, offsets in per_position.items():
         if not np.array_equal(_offsets(column[name]), offsets):
             raise MisalignedRowError(f"{where}: column {name} does not run beside the others")
     if not np.array_equal(np.diff(_offsets(column["kept_logprobs"].flatten())), kept_counts_P):
         raise MisalignedRowError(f"{where}: kept_logprobs does not run beside kept_ids")
+    tails = [values_of(column[name]) for name in row_format.tail_columns]
     teacher = Positions(
         kept_counts_P=kept_counts_P,
-        kept_ids_E=_values(column["kept_ids"]),
-        kept_logp_E=_values(column["kept_logprobs"]),
-        realised_logp_P=_values(column["realised_logprob"]),
-        entropy_P=_values(column["entropy"]),
-        tail_logsum_PT=np.stack([_values(column[tail_column(temperature)]) for temperature in temperatures], axis=1),
+        kept_ids_E=values_of(column["kept_ids"]),
+        kept_logp_E=values_of(column["kept_logprobs"]),
+        realised_logp_P=values_of(column["realised_logprob"]),
+        entropy_P=values_of(column["entropy"]),
+        tail_logsum_PT=np.stack(tails, axis=1) if tails else np.zeros((len(kept_counts_P), 0), np.float32),
     )
-    input_ids, label_mask = _values(column["input_ids"]), _values(column["label_mask"])
-    _check_values(teacher, input_ids, vocab_size, where)
+    input_ids, label_mask = values_of(column["input_ids"]), values_of(column["label_mask"])
+    _check_values(teacher, input_ids, row_format.vocab_size, where)
     rows: list[LogitRow] = []
+    sample_ids, sources = column["sample_id"].to_pylist(), column["source"].to_pylist()
     for index, positions in enumerate(teacher.split(np.diff(position_offsets).tolist())):
         tokens = slice(token_offsets[index], token_offsets[index + 1])
-        sample_id = column["sample_id"][index].as_py()
         if not positions.num_positions:
-            raise DamagedDataError(f"{where}:{index}: row {sample_id!r} has no supervised token")
+            raise DamagedShardError(f"{where}:{index}: row {sample_ids[index]!r} has no supervised token")
         try:
             row = LogitRow(
-                sample_id=sample_id,
+                sample_id=sample_ids[index],
+                source=sources[index],
                 input_ids_L=input_ids[tokens],
                 label_mask_L=label_mask[tokens],
                 teacher=positions,
@@ -113,6 +144,15 @@ def table_to_rows(table: pa.Table, temperatures: Sequence[float], vocab_size: in
     return rows
 
 
+def row_losses(table: pa.Table, row_format: RowFormat, where: str) -> Any:
+    """What storage lost in every row at each declared temperature [R, T]; raises DamagedShardError."""
+    lists: Any = whole(table["storage_loss"])
+    values, num_temperatures = values_of(lists), len(row_format.temperatures)
+    if np.any(np.diff(_offsets(lists)) != num_temperatures) or not np.all((values >= 0) & (values < np.inf)):
+        raise DamagedShardError(f"{where}: storage_loss is not one number of nats for each declared temperature")
+    return values.reshape(table.num_rows, num_temperatures)
+
+
 def _check_values(teacher: Positions, input_ids: Any, vocab_size: int, where: str) -> None:
     ids, counts_P = teacher.kept_ids_E, teacher.kept_counts_P
     first_E = np.zeros(len(ids), dtype=bool)
@@ -120,18 +160,18 @@ def _check_values(teacher: Positions, input_ids: Any, vocab_size: int, where: st
     rules = {
         f"input_ids lie in [0, {vocab_size})": _in_range(input_ids, vocab_size),
         f"kept_ids lie in [0, {vocab_size})": _in_range(ids, vocab_size),
-        "kept_ids ascend within a position": bool(np.all(first_E[1:] | (np.diff(ids.astype(np.int64)) > 0))),
+        "kept_ids ascend within a position": bool(np.all(first_E[1:] | (ids[1:] > ids[:-1]))),
         "every position keeps an id": bool(np.all(counts_P > 0)),
         "kept_logprobs are finite and at most 0": _is_logprob(teacher.kept_logp_E),
         "realised_logprob is finite and at most 0": _is_logprob(teacher.realised_logp_P),
         "entropy is finite and at least 0": bool(
-            np.all(np.isfinite(teacher.entropy_P)) and np.all(teacher.entropy_P >= -ROUNDING)
+            np.all(np.isfinite(teacher.entropy_P)) and np.all(teacher.entropy_P >= -LOGP_TOLERANCE)
         ),
         "tail_logsum is a number or -inf": bool(np.all(teacher.tail_logsum_PT < np.inf)),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
-        raise DamagedDataError(f"{where}: does not hold: {'; '.join(broken)}")
+        raise DamagedShardError(f"{where}: does not hold: {'; '.join(broken)}")
 
 
 def _in_range(ids: Any, vocab_size: int) -> bool:
@@ -139,7 +179,19 @@ def _in_range(ids: Any, vocab_size: int) -> bool:
 
 
 def _is_logprob(values: Any) -> bool:
-    return bool(np.all(np.isfinite(values)) and np.all(values <= ROUNDING))
+    return len(values) == 0 or bool(values.min() > -np.inf and values.max() <= LOGP_TOLERANCE)  # NaN passes neither
+
+
+def _has_null(values: Any) -> bool:
+    while pa.types.is_list(values.type):
+        if values.null_count:
+            return True
+        values = values.flatten()
+    return bool(values.null_count)
+
+
+def _list_of(element: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", element, nullable=False))
 
 
 def _nest(values: pa.Array, counts: Any) -> pa.ListArray:
@@ -148,12 +200,17 @@ def _nest(values: pa.Array, counts: Any) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=_list_of(values.type))
 
 
+def whole(column: pa.ChunkedArray) -> Any:
+    """As one array, without a copy where it is one already."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def _offsets(lists: Any) -> Any:
     offsets = lists.offsets.to_numpy()
     return offsets - offsets[0]
 
 
-def _values(lists: pa.ListArray) -> Any:
+def values_of(lists: pa.ListArray) -> Any:
     """The innermost values of a (nested) list array, without a copy where Arrow allows it."""
     values = lists.flatten()
     while pa.types.is_list(values.type):

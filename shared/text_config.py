@@ -28,6 +28,9 @@ class TextSettings(Settings):
     id_field: str | None = None
     """Field of the sample id, which every record must have; by default `id` or `sample_id`, and records that have
     neither are named by their content."""
+    source_field: str | None = None
+    """Field that says where a record comes from, so that rows of one source can be taken out of a dataset later; by
+    default the name of its file."""
     system: str | None = None
     """System turn for chats, and prompts with a response, that have none of their own."""
     chat_template: str | None = None

@@ -66,7 +66,7 @@ class DatasetSource:
 
     @property
     def temperatures(self) -> list[float]:
-        return self.dataset.manifest.temperatures
+        return list(self.dataset.manifest.row_format.tail_temperatures)
 
     def read_block(self, index: int) -> Sequence[Row]:
         rows = [row for row, _ in self.fitted_block(index) if row is not None]

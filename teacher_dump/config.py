@@ -1,12 +1,13 @@
 """The config of `teacher-dump`."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config import Settings
 from shared.manifest import is_temperature
 from shared.models_config import ModelSettings
+from shared.shard_writer import ZSTD_LEVEL
 from shared.text_config import TextSettings
 
 
@@ -23,15 +24,38 @@ class TeacherSettings(ModelSettings):
     """Positions whose logits live at once: twice chunk_positions × V floats."""
 
 
+OF_METHOD = {"k": "topk", "min_prob": "topk", "tau": "threshold", "seed": "threshold"}
+"""The settings of `keep` that only one method has."""
+
+
 class KeepSettings(Settings):
-    method: Literal["topk"] = "topk"
-    """topk: the k largest probabilities."""
+    method: Literal["topk", "threshold"] = "topk"
+    """topk: the k largest probabilities and the exact tail.  threshold: every p >= tau, and of the others a sample
+    with weight tau: fewer bytes, an unbiased forward KL at T = 1 and nothing else."""
     k: int = Field(default=64, ge=1)
-    """At most so many ids per position (`always` comes on top)."""
+    """topk: at most so many ids per position (`always` comes on top)."""
     min_prob: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Of the k largest keep only those with p >= min_prob; the largest one is always kept."""
+    """topk: of the k largest keep only those with p >= min_prob; the largest one is always kept."""
+    tau: float = Field(default=0.02, gt=0.0, lt=1.0)
+    """threshold: what is at least as probable is kept as it is, anything else with probability p/tau and weight tau."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """threshold: of the draws, which depend on nothing else but sample id and position."""
     always: list[str] = []
     """Tokens that are kept at every position, as the tokenizer spells them: end of turn, think tags, tool openers."""
+    max_kl: float = Field(default=1e-4, ge=0.0, le=0.01)
+    """What rounding may lose, in nats of KL at T = 1, on average over a shard; 0 stores every bit."""
+
+    @model_validator(mode="after")
+    def _settings_of_the_method(self) -> "KeepSettings":
+        for name, method in OF_METHOD.items():
+            if method != self.method and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for method: {method}, and this is method: {self.method}")
+        return self
+
+    def in_force(self) -> dict[str, Any]:
+        """The settings that the method has, for the manifest."""
+        others = {name for name, method in OF_METHOD.items() if method != self.method}
+        return self.model_dump(mode="json", exclude=others)
 
 
 class DumpSettings(Settings):
@@ -44,6 +68,8 @@ class DumpSettings(Settings):
     """For each the exact tail is stored; a student can train at no other.  1 is always among them."""
     unit_records: int = Field(default=512, ge=1)
     """Records that are dumped and committed at once; one unit is one shard."""
+    zstd_level: int = Field(default=ZSTD_LEVEL, ge=1, le=19)
+    """Higher is smaller and slower; changes no value."""
 
     @field_validator("temperatures")
     @classmethod
@@ -51,3 +77,9 @@ class DumpSettings(Settings):
         if not all(map(is_temperature, temperatures)):
             raise ValueError("temperatures lie between 0.05 and 100 and have at most three decimals")
         return [1.0, *sorted(set(temperatures) - {1.0})]
+
+    @model_validator(mode="after")
+    def _sampled_at_one(self) -> "DumpSettings":
+        if self.keep.method == "threshold" and self.temperatures != [1.0]:
+            raise ValueError("temperatures: with keep.method threshold there is 1 alone; topk stores tails for others")
+        return self

@@ -11,27 +11,27 @@ On a crash the open unit is lost and done again; nothing half-written is ever vi
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from shared.card import dataset_card
 from shared.config import Settings
-from shared.dataset import CARD_NAME, DATA_FOLDER, TOKENIZER_FOLDER, LogitDataset
+from shared.dataset import CARD_NAME, DATA_FOLDER, TOKENIZER_FOLDER, LogitDataset, shard_path
 from shared.errors import ConfigError, MismatchError
-from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_file, write_atomically
+from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_file, sync_folder, write_atomically
 from shared.fingerprint import sha256_of_text, tokenizer_fingerprint
-from shared.manifest import MANIFEST_NAME, Input, InputFile, Shard, write_manifest
+from shared.manifest import MANIFEST_NAME, Input, InputFile, Manifest, Shard, read_manifest, write_manifest
 from shared.pretrained import context_tokens, load_tokenizer
 from shared.progress import progress
 from shared.records import RecordReader
 from shared.rows import LogitRow, Row
-from shared.shards import encode_shard
+from shared.shard_writer import Storage, encode_shard
 from shared.text_config import TextSettings
 from shared.text_rows import Tally, TextRows
-from teacher_dump.card import dataset_card
 from teacher_dump.config import DumpSettings, KeepSettings
-from teacher_dump.keep import KeepRule
+from teacher_dump.keep import Threshold, TopK
 from teacher_dump.plan import Plan, commit_plan
 from teacher_dump.transformers_engine import TransformersEngine
 
@@ -77,18 +77,23 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.backend_tokenizer),
             chat_template_sha256=sha256_of_text(template) if isinstance(template, str) else None,
-            keep=settings.keep.model_dump(mode="json"),
+            keep=settings.keep.in_force(),
             temperatures=settings.temperatures,
             input=_input_identity(settings.data, reader, tally),
             unit_records=settings.unit_records,
         )
         if (output / MANIFEST_NAME).is_file():
             sealed = LogitDataset.open(output)
-            plan.require_same(sealed.manifest.model_dump(mode="json"), output / MANIFEST_NAME)
-            shutil.rmtree(output / WORK_FOLDER)
-            return sealed
+            plan.require_same_as_manifest(sealed.manifest, output / MANIFEST_NAME)
+            if not sealed.manifest.missing:
+                shutil.rmtree(output / WORK_FOLDER)
+                return sealed
+            _unseal(output, sealed.manifest, plan)
         commit_plan(plan, output / WORK_FOLDER)
-        shards = [shard for shard in _dump_units(output, plan, reader, text, engine) if shard is not None]
+        untouched_logp = rule.sampled_logp if isinstance(rule, Threshold) else None
+        storage = Storage(max_kl=settings.keep.max_kl, zstd_level=settings.zstd_level, untouched_logp=untouched_logp)
+        units = Units(output=output, plan=plan, text=text, engine=engine, storage=storage)
+        shards = [shard for shard in units.shards(reader) if shard is not None]
     if _input_identity(settings.data, reader, tally) != plan.input:
         raise MismatchError(
             f"{', '.join(settings.data.files)} changed while they were read: the dump is of neither version",
@@ -97,7 +102,7 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
     return _seal(output, plan, shards, tokenizer)
 
 
-def keep_rule(settings: KeepSettings, tokenizer: Any) -> KeepRule:
+def keep_rule(settings: KeepSettings, tokenizer: Any) -> TopK | Threshold:
     """The rule with its always-kept tokens as ids; raises ConfigError for one that the tokenizer lacks."""
     vocabulary = tokenizer.get_vocab()
     unknown = [token for token in settings.always if token not in vocabulary]
@@ -106,8 +111,10 @@ def keep_rule(settings: KeepSettings, tokenizer: Any) -> KeepRule:
             f"keep.always: the tokenizer has no token {unknown[0]!r}",
             next_step="give tokens exactly as the tokenizer spells them",
         )
-    ids = {vocabulary[token] for token in settings.always}
-    return KeepRule(k=settings.k, min_prob=settings.min_prob, always_ids=tuple(sorted(ids)))
+    ids = tuple(sorted({vocabulary[token] for token in settings.always}))
+    if settings.method == "threshold":
+        return Threshold(tau=settings.tau, seed=settings.seed, always_ids=ids)
+    return TopK(k=settings.k, min_prob=settings.min_prob, always_ids=ids)
 
 
 def _survey(reader: RecordReader, text: TextRows) -> tuple[Tally, int]:
@@ -129,38 +136,48 @@ def _input_identity(settings: TextSettings, reader: RecordReader, tally: Tally) 
     return Input(files=files, settings=read_with, tally=asdict(tally))
 
 
-def _dump_units(
-    output: Path, plan: Plan, reader: RecordReader, text: TextRows, engine: TransformersEngine
-) -> Iterator[Shard | None]:
-    """The shard of every unit in order, dumped now or found done; None for a unit that has no row."""
-    records = reader.records()
-    with progress("dump", plan.input.tally["records"], "records") as ticker:
-        for unit in range(plan.num_units):
-            batch = list(islice(records, plan.unit_records))
-            done = _read_unit_record(output, unit)
-            yield done.shard if done else _dump_unit(output, plan, unit, list(text.rows(batch, Tally())), engine)
-            ticker.advance(len(batch))
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """The pieces of a planned dump, each of which becomes one shard and its record."""
 
+    output: Path
+    plan: Plan
+    text: TextRows
+    engine: TransformersEngine
+    storage: Storage
 
-def _dump_unit(output: Path, plan: Plan, unit: int, rows: list[Row], engine: TransformersEngine) -> Shard | None:
-    shard = _write_shard(output, plan, unit, rows, engine) if rows else None
-    write_atomically(_unit_record_path(output, unit), UnitRecord(shard=shard).model_dump_json().encode())
-    return shard
+    def shards(self, reader: RecordReader) -> Iterator[Shard | None]:
+        """The shard of every unit in order, dumped now or found done; None for a unit that has no row."""
+        records = reader.records()
+        with progress("dump", self.plan.input.tally["records"], "records") as ticker:
+            for unit in range(self.plan.num_units):
+                batch = list(islice(records, self.plan.unit_records))
+                done = _read_unit_record(self.output, unit)
+                yield done.shard if done else self._dump(unit, list(self.text.rows(batch, Tally())))
+                ticker.advance(len(batch))
 
+    def _dump(self, unit: int, rows: list[Row]) -> Shard | None:
+        shard = self._write_shard(unit, rows) if rows else None
+        _write_unit_record(self.output, unit, shard)
+        return shard
 
-def _write_shard(output: Path, plan: Plan, unit: int, rows: list[Row], engine: TransformersEngine) -> Shard:
-    scored = [
-        LogitRow(sample_id=row.sample_id, input_ids_L=row.input_ids_L, label_mask_L=row.label_mask_L, teacher=positions)
-        for row, positions in zip(rows, engine.score(rows), strict=True)
-    ]
-    path = f"{DATA_FOLDER}/part-{unit:05d}.parquet"
-    data, shard = encode_shard(scored, plan.temperatures, plan.vocab_size, path)
-    write_atomically(output / path, memoryview(data))
-    return shard
+    def _write_shard(self, unit: int, rows: list[Row]) -> Shard:
+        scored = [
+            LogitRow(**vars(row), teacher=positions)
+            for row, positions in zip(rows, self.engine.score(rows), strict=True)
+        ]
+        path = shard_path(unit)
+        data, shard = encode_shard(scored, self.plan.row_format, self.storage, path)
+        write_atomically(self.output / path, memoryview(data))
+        return shard
 
 
 def _unit_record_path(output: Path, unit: int) -> Path:
     return output / WORK_FOLDER / f"unit-{unit:05d}.json"
+
+
+def _write_unit_record(output: Path, unit: int, shard: Shard | None) -> None:
+    write_atomically(_unit_record_path(output, unit), UnitRecord(shard=shard).model_dump_json().encode())
 
 
 def _read_unit_record(output: Path, unit: int) -> UnitRecord | None:
@@ -173,6 +190,27 @@ def _read_unit_record(output: Path, unit: int) -> UnitRecord | None:
     return record if intact else None
 
 
+def _unseal(output: Path, manifest: Manifest, plan: Plan) -> None:
+    """Make a repaired dataset the unfinished dump that it is, so that its missing units are done again.
+
+    Raises:
+        MismatchError: its shards are not the units of this plan.
+    """
+    if manifest.unit_records != plan.unit_records:
+        then = manifest.unit_records
+        raise MismatchError(
+            f"{output}: {len(manifest.missing)} shards are missing, and "
+            + (f"its units had {then} records, not {plan.unit_records}" if then else "it was merged or filtered since"),
+            next_step=f"set unit_records: {then}" if then else "dump into another `output`, then merge or filter again",
+        )
+    present = {shard.path: shard for shard in manifest.shards}
+    for unit in range(plan.num_units):
+        if (path := shard_path(unit)) not in manifest.missing:
+            _write_unit_record(output, unit, present.get(path))
+    (output / MANIFEST_NAME).replace(output / WORK_FOLDER / MANIFEST_NAME)
+    sync_folder(output)
+
+
 def _seal(output: Path, plan: Plan, shards: list[Shard], tokenizer: Any) -> LogitDataset:
     work = output / WORK_FOLDER
     for leftover in (output / DATA_FOLDER).glob(f"{TEMPORARY_PREFIX}*"):  # of a run that was killed while it wrote
@@ -180,9 +218,10 @@ def _seal(output: Path, plan: Plan, shards: list[Shard], tokenizer: Any) -> Logi
     tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
     for path in filter(Path.is_file, (work / TOKENIZER_FOLDER).rglob("*")):
         write_atomically(output / path.relative_to(work), path.read_bytes())
-    write_atomically(output / CARD_NAME, dataset_card(plan.manifest(shards, {})).encode())
+    write_atomically(output / CARD_NAME, dataset_card(plan.manifest(shards, {}, [])).encode())
     paths = [output / CARD_NAME, *sorted((output / TOKENIZER_FOLDER).rglob("*"))]
     files = {path.relative_to(output).as_posix(): sha256_of_file(path) for path in paths if path.is_file()}
-    write_manifest(output, plan.manifest(shards, files))
+    unsealed = read_manifest(work).history if (work / MANIFEST_NAME).is_file() else []
+    write_manifest(output, plan.manifest(shards, files, unsealed))
     shutil.rmtree(work)
     return LogitDataset.open(output)

@@ -7,7 +7,8 @@ from typing import Any
 from shared.config import Settings
 from shared.errors import DamagedDataError, MismatchError
 from shared.files import write_atomically
-from shared.manifest import FORMAT_VERSION, Input, Manifest, Shard, Teacher
+from shared.manifest import FORMAT_VERSION, Event, Input, Manifest, Shard, Teacher, row_format
+from shared.schema import RowFormat
 
 PLAN_NAME = "plan.json"
 
@@ -28,9 +29,27 @@ class Plan(Settings):
     def num_units(self) -> int:
         return -(-self.input.tally["records"] // self.unit_records)
 
-    def manifest(self, shards: list[Shard], files: dict[str, str]) -> Manifest:
-        head = self.model_dump(exclude={"unit_records"})
-        return Manifest(format_version=FORMAT_VERSION, shards=shards, files=files, **head)
+    @property
+    def row_format(self) -> RowFormat:
+        return row_format(self.keep, self.temperatures, self.vocab_size)
+
+    def manifest(self, shards: list[Shard], files: dict[str, str], history: list[Event]) -> Manifest:
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            **self.model_dump(exclude={"input"}),
+            inputs=[self.input],
+            shards=shards,
+            missing=[],
+            history=history,
+            files=files,
+        )
+
+    def require_same_as_manifest(self, manifest: Manifest, where: Path) -> None:
+        """The same for a sealed dataset; raises MismatchError."""
+        inputs = [each.model_dump(mode="json") for each in manifest.inputs]
+        self.require_same(
+            manifest.model_dump(mode="json") | {"input": inputs[0] if len(inputs) == 1 else inputs}, where
+        )
 
     def require_same(self, earlier: dict[str, Any], where: Path) -> None:
         """Refuse to go on with a dump, or to take as done one, that was planned otherwise.

@@ -6,6 +6,7 @@ Memory: the body's activations for batch_tokens, and twice chunk_positions × V 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from shared.batching import PaddedBatch, batches_by_length
@@ -14,13 +15,13 @@ from shared.errors import NonFiniteError
 from shared.models import load_model, model_identity, split_model
 from shared.rows import Positions, Row
 from teacher_dump.config import TeacherSettings
-from teacher_dump.keep import KeepRule, keep_chunk
+from teacher_dump.keep import Threshold, TopK, keep_chunk
 
 
 class TransformersEngine:
     """Scores rows with a Hugging Face causal language model."""
 
-    def __init__(self, settings: TeacherSettings, rule: KeepRule, temperatures: Sequence[float]) -> None:
+    def __init__(self, settings: TeacherSettings, rule: TopK | Threshold, temperatures: Sequence[float]) -> None:
         self._settings, self._rule, self._temperatures = settings, rule, tuple(temperatures)
         self._device = pick_device(settings.device)
         dtype = settings.dtype if settings.dtype == "auto" else pick_dtype(settings.dtype)
@@ -45,12 +46,16 @@ class TransformersEngine:
     def _score_batch(self, rows: list[Row]) -> list[Positions]:
         batch = PaddedBatch.of(rows, self._device)
         hidden_ND = batch.hidden_at_positions(self._body)
+        draws_N = None
+        if isinstance(self._rule, Threshold):
+            draws_N = np.concatenate([self._rule.draws(row.sample_id, row.num_positions) for row in rows])
         chunks: list[Positions] = []
         for begin in range(0, len(hidden_ND), self._settings.chunk_positions):
             chunk = slice(begin, begin + self._settings.chunk_positions)
             # An engine may pad the vocabulary; what lies beyond config.vocab_size is no outcome.
             logits_NV = self._head.logits(hidden_ND[chunk])[:, : self._vocab_size]
-            kept = keep_chunk(logits_NV, batch.label_N[chunk], self._rule, self._temperatures)
+            draws = None if draws_N is None else draws_N[chunk]
+            kept = keep_chunk(logits_NV, batch.label_N[chunk], self._rule, self._temperatures, draws)
             if (bad := kept.first_unscorable()) is not None:
                 row, token = rows[batch.row_N[begin + bad]], int(batch.source_N[begin + bad]) + 1
                 raise NonFiniteError(

@@ -38,7 +38,7 @@ def dump_settings(teacher: Path, files: Path, output: Path, **changes: Any) -> D
         },
         "data": {"files": [str(files)]},
         "output": str(output),
-        "keep": {"k": 8},
+        "keep": {"k": 8, "max_kl": 0},
         "temperatures": [1, 2],
         "unit_records": 7,
     }

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.dataset import LogitDataset, verify
+from shared.dataset import LogitDataset
+from shared.verification import verify
 
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
 sys.path.insert(0, str(QUICKSTART))
@@ -30,7 +31,7 @@ def test_the_tiny_quickstart_runs_from_corpus_to_table(tmp_path: Path):
     assert set(result["table"]) == {"teacher", "sft", "kd"}
     assert result["table"]["teacher"]["kl"] == pytest.approx(0, abs=1e-4), "the teacher is its own teacher"
     assert result["table"]["kd"]["kl"] < result["table"]["sft"]["kl"]
-    assert verify(LogitDataset.open(output / "dumps/student_train")).faults == []
+    assert verify(LogitDataset.open(output / "dumps/student_train"), deep=True).faults == []
     assert (output / "curves.png").stat().st_size > 10_000
     logs = {arm: (output / arm / "log.jsonl").read_text().splitlines() for arm in ("sft", "kd")}
     steps = {arm: [json.loads(line) for line in lines] for arm, lines in logs.items()}

@@ -36,7 +36,7 @@ def chat(*turns: tuple[str, str]) -> Chat:
 
 
 def record(*turns: tuple[str, str], where: str = "chat.jsonl:1") -> Record:
-    return Record(sample_id="id", content=chat(*turns), where=where)
+    return Record(sample_id="id", source="f", content=chat(*turns), where=where)
 
 
 def rows(tokenizer, *records, context_tokens=None, **settings):

@@ -17,7 +17,7 @@ import student_train.cli
 import teacher_dump.cli
 from shared import __version__, logit_shards
 from shared.cli import SuggestingGroup, run_command
-from shared.dataset import LogitDataset, verify
+from shared.dataset import LogitDataset
 from shared.errors import (
     ConfigError,
     DamagedDataError,
@@ -27,6 +27,7 @@ from shared.errors import (
     UnknownVersionError,
     UnsealedDatasetError,
 )
+from shared.verification import verify
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
@@ -254,7 +255,7 @@ def test_cli_prints_its_json_object_also_where_verify_finds_faults(run, dumped):
     assert not found["ok"]
     assert len(found["faults"]) == 1
     assert str(part) in found["faults"][0]
-    assert "1 fault\n  next: copy the damaged files again" in errors
+    assert "1 fault\n  next: copy what is damaged again" in errors
 
 
 def wait_for(condition) -> None:
@@ -304,5 +305,5 @@ def test_cli_dump_interrupted_by_sigterm_and_ctrl_c_is_finished_by_running_it_ag
     assert one_object(output)["rows"] == 150
     dataset = LogitDataset.open(tmp_path / "dump")
     assert [name for shard in dataset.sample_ids() for name in shard] == [str(n) for n in range(150)]
-    assert not verify(dataset).faults
+    assert not verify(dataset, deep=True).faults
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched, "what was done is not done again"

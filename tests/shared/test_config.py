@@ -52,7 +52,8 @@ def test_load_settings_suggests_the_nearest_key_at_any_depth(write, mistyped, an
 
 
 def test_load_settings_lists_the_known_keys_where_none_is_near(write):
-    assert "keep.zzz: unknown key; known: always, k, method, min_prob" in refusal(write(DUMP + "keep: {zzz: 1}\n"))
+    answer = refusal(write(DUMP + "keep: {zzz: 1}\n"))
+    assert "keep.zzz: unknown key; known: always, k, max_kl, method, min_prob, seed, tau" in answer
 
 
 def test_load_settings_reports_every_error_with_its_place(write):

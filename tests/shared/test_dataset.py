@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from shared.dataset import LogitDataset, verify
+from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError, LogitferryError, UnknownVersionError, UnsealedDatasetError
-from shared.shards import encode_shard
+from shared.shard_writer import Storage, encode_shard
+from shared.verification import verify
 from teacher_dump.dump import run_dump
 from tests.data import chat_records, dump_settings, write_jsonl
 
@@ -38,7 +39,7 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def faults(folder: Path) -> str:
-    return "\n".join(verify(LogitDataset.open(folder)).faults)
+    return "\n".join(verify(LogitDataset.open(folder), deep=True).faults)
 
 
 def test_a_whole_dataset_has_no_fault(copy: Path):
@@ -55,14 +56,17 @@ def flip(path: Path) -> None:
     ("damage", "named"),
     [
         (lambda d: flip(d / "data/part-00001.parquet"), "part-00001.parquet: damaged"),
-        (lambda d: (d / "data/part-00000.parquet").unlink(), "part-00000.parquet: cannot be read"),
+        (lambda d: (d / "data/part-00000.parquet").unlink(), "part-00000.parquet: is missing"),
         (lambda d: flip(d / "tokenizer/chat_template.jinja"), "chat_template.jinja: damaged"),
         (lambda d: (d / "tokenizer/tokenizer.json").unlink(), "tokenizer.json: is missing"),
         (lambda d: flip(d / "README.md"), "README.md: damaged"),
         (lambda d: (d / "data/part-00009.parquet").write_bytes(b""), "part-00009.parquet: is not in the manifest"),
         (lambda d: edit_manifest(d, lambda m: m["files"].update({"../x": "0" * 64})), "leads outside the dataset"),
         (lambda d: (d / "tokenizer/extra.py").write_bytes(b""), "tokenizer/extra.py: is not in the manifest"),
-        (lambda d: edit_manifest(d, lambda m: m["shards"][0].update(positions=1)), "the manifest says positions 1"),
+        (
+            lambda d: edit_manifest(d, lambda m: m["shards"][0].update(positions=1)),
+            "the manifest has 1 values of realised_logprob",
+        ),
         (lambda d: edit_manifest(d, lambda m: m["shards"][0].update(longest_row=1)), "the manifest says longest_row 1"),
         (lambda d: edit_manifest(d, lambda m: m["shards"][0].update(kept_mass=1.5)), "the manifest says kept_mass 1.5"),
     ],
@@ -76,7 +80,7 @@ def test_verify_reports_every_fault_at_once(copy: Path):
     flip(copy / "data/part-00000.parquet")
     flip(copy / "data/part-00001.parquet")
     flip(copy / "README.md")
-    assert len(verify(LogitDataset.open(copy)).faults) == 3
+    assert len(verify(LogitDataset.open(copy), deep=True).faults) == 3
 
 
 def reseal(folder: Path, index: int, change: Callable[[Any], Any]) -> None:
@@ -85,7 +89,7 @@ def reseal(folder: Path, index: int, change: Callable[[Any], Any]) -> None:
     manifest = dataset.manifest
     shard = manifest.shards[index]
     rows = change(dataset.read_shard(index))
-    data, entry = encode_shard(rows, manifest.temperatures, manifest.vocab_size, shard.path)
+    data, entry = encode_shard(rows, manifest.row_format, Storage(max_kl=0), shard.path)
     (folder / shard.path).write_bytes(data)
     edit_manifest(folder, lambda m: m["shards"].__setitem__(index, entry.model_dump()))
 
@@ -116,7 +120,7 @@ def test_a_shard_that_is_a_link_out_of_the_dataset_is_refused(copy: Path, tmp_pa
     shard = copy / "data/part-00000.parquet"
     shard.rename(tmp_path / "elsewhere.parquet")
     shard.symlink_to(tmp_path / "elsewhere.parquet")
-    assert "inside the dataset" in faults(copy)
+    assert "a link that leads outside the dataset" in faults(copy)
 
 
 def test_verify_sees_a_sample_that_comes_twice(copy: Path):
@@ -152,7 +156,7 @@ def test_another_format_version_is_refused_clearly(version: Any, copy: Path):
         lambda m: m.update(temperatures=[2, 1]),
         lambda m: m.update(temperatures=[1, 2, 2]),
         lambda m: m.update(temperatures=[1, float("nan")]),
-        lambda m: m.update(input={}),
+        lambda m: m.update(inputs={}),
         lambda m: m.update(teacher={}),
         lambda m: m.update(surprise=1),
         lambda m: m.pop("teacher"),

@@ -37,7 +37,7 @@ def tokenizer(folder):
 def encoded_or_error(tokenizer, content, template=CHATML, **settings) -> EncodedRow | RecordError:
     tokenizer.chat_template = template
     encoder = BatchEncoder(tokenizer, TextSettings(files=["-"], **settings))
-    (encoded,) = encoder.encode([Record(sample_id="id", content=content, where="chat.jsonl:1")])
+    (encoded,) = encoder.encode([Record(sample_id="id", source="f", content=content, where="chat.jsonl:1")])
     return encoded
 
 
@@ -316,7 +316,9 @@ def test_encode_gives_every_record_its_own_answer_in_order(tokenizer):
     ready = Tokens(input_ids_L=np.array([5, 6], np.int32), label_mask_L=np.array([False, True]))
     contents = [chat(*ROUNDS), PlainText(text="five"), chat(("assistant", "unprompted")), ready, chat(*ROUNDS[:2])]
     tokenizer.chat_template = CHATML
-    records = [Record(sample_id=str(n), content=content, where=f"f:{n}") for n, content in enumerate(contents)]
+    records = [
+        Record(sample_id=str(n), source="f", content=content, where=f"f:{n}") for n, content in enumerate(contents)
+    ]
     encoded = BatchEncoder(tokenizer, TextSettings(files=["-"])).encode(records)
     assert isinstance(encoded[2], RecordError)
     assert "f:2: the conversation opens with an assistant turn" in str(encoded[2])

@@ -184,7 +184,7 @@ from shared.text_rows import Tally, TextRows
 if __name__ == "__main__":
     tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 50}]
-    record = Record(sample_id="x", content=Chat(messages=turns), where="f:1")
+    record = Record(sample_id="x", source="f", content=Chat(messages=turns), where="f:1")
     with TextRows(tokenizer, TextSettings(files=["-"], processes=2)) as text:
         for number, row in enumerate(text.rows(repeat(record), Tally())):
             if number == 1000:

@@ -9,9 +9,10 @@ import torch
 import transformers
 
 import teacher_dump.dump as dump_module
-from shared.dataset import LogitDataset, verify
+from shared.dataset import LogitDataset
 from shared.errors import ConfigError, MismatchError, NonFiniteError, RecordError
 from shared.rows import LogitRow
+from shared.verification import verify
 from teacher_dump.config import DumpSettings
 from teacher_dump.dump import run_dump
 from tests.data import chat_records, dump_settings, write_jsonl
@@ -95,7 +96,7 @@ def test_units_batches_and_chunks_change_nothing(
 
 
 def test_a_sealed_dump_verifies_and_its_info_adds_up(sealed: LogitDataset):
-    found, info = verify(sealed), sealed.info()
+    found, info = verify(sealed, deep=True), sealed.info()
     assert found.faults == []
     assert (
         (found.rows, found.positions)
@@ -216,7 +217,7 @@ def test_rows_longer_than_the_teachers_context_are_an_error_or_counted(teacher_f
     with pytest.raises(RecordError, match=r"chats\.jsonl:4: \d+ tokens, but the model's context is 512"):
         run_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
     dataset = run_dump(dump_settings(teacher_folder, files, tmp_path / "out", data__on_too_long="drop"))
-    assert dataset.manifest.input.tally["dropped_too_long"] == 1
+    assert dataset.manifest.inputs[0].tally["dropped_too_long"] == 1
     assert [row.sample_id for row in all_rows(dataset)] == [f"chat-{n}" for n in range(8) if n != 3]
 
 
@@ -225,8 +226,8 @@ def test_a_unit_whose_rows_are_all_dropped_leaves_no_shard(teacher_folder: Path,
     files = write_jsonl(tmp_path / "chats.jsonl", records + chat_records(3))
     dataset = run_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
     assert [shard.path for shard in dataset.manifest.shards] == ["data/part-00001.parquet"]
-    assert dataset.manifest.input.tally["dropped_no_label"] == 7
-    assert verify(dataset).faults == []
+    assert dataset.manifest.inputs[0].tally["dropped_no_label"] == 7
+    assert verify(dataset, deep=True).faults == []
 
 
 def test_a_teacher_that_gives_nan_names_the_row(chats: Path, tmp_path: Path):
@@ -271,7 +272,7 @@ def test_what_a_killed_writer_left_does_not_reach_the_dataset(teacher_folder: Pa
     leftover.parent.mkdir(parents=True)
     (tmp_path / "out/.logitferry").mkdir()
     leftover.write_bytes(b"half a shard")
-    assert verify(run_dump(dump_settings(teacher_folder, chats, tmp_path / "out"))).faults == []
+    assert verify(run_dump(dump_settings(teacher_folder, chats, tmp_path / "out")), deep=True).faults == []
     assert not leftover.exists()
 
 
@@ -329,13 +330,13 @@ def test_what_became_of_the_records_stands_in_the_manifest(teacher_folder: Path,
     rows = all_rows(dataset)
     lost = {"bad", "silent"}
     assert {row.sample_id for row in rows} <= {record["id"] for record in records} - lost
-    tally = dataset.manifest.input.tally
+    tally = dataset.manifest.inputs[0].tally
     assert tally["records"] == 20
     assert tally["skipped_bad"] == 1
     assert tally["truncated"] > 0
     assert tally["rows"] == len(rows) == 20 - 1 - tally["dropped_no_label"]
     assert max(row.num_tokens for row in rows) == 120
-    assert dataset.info()["input"]["tally"] == tally
+    assert dataset.info()["inputs"][0]["tally"] == tally
 
 
 def test_ready_tokens_are_dumped_to_the_token(sealed: LogitDataset, teacher_folder: Path, tmp_path: Path):
@@ -357,7 +358,7 @@ def test_tokens_and_plain_text_need_no_chat_template(teacher_folder: Path, tmp_p
     dataset = run_dump(dump_settings(teacher, files, tmp_path / "out"))
     assert dataset.manifest.chat_template_sha256 is None
     assert [row.num_positions for row in all_rows(dataset)] == [row.num_tokens - 1 for row in all_rows(dataset)]
-    assert verify(LogitDataset.open(tmp_path / "out")).faults == []
+    assert verify(LogitDataset.open(tmp_path / "out"), deep=True).faults == []
 
 
 def test_a_dump_goes_on_with_other_processes(teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any):

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from shared.rows import Positions
-from teacher_dump.keep import KeepRule, keep_chunk
+from teacher_dump.keep import TopK, keep_chunk
 
 TEMPERATURES = [1.0, 2.0, 0.5]
 
 
-def truth(logits_V: torch.Tensor, rule: KeepRule, temperature: float) -> tuple[dict[int, float], float, float]:
+def truth(logits_V: torch.Tensor, rule: TopK, temperature: float) -> tuple[dict[int, float], float, float]:
     """Kept {id: log p}, the tail's log Σ p^(1/T) and the entropy, by definition."""
     z = logits_V.double()
     logp = (z - torch.logsumexp(z, 0)).tolist()
@@ -26,13 +26,13 @@ def truth(logits_V: torch.Tensor, rule: KeepRule, temperature: float) -> tuple[d
     return {v: logp[v] for v in kept}, tail, -sum(math.exp(x) * x for x in logp if x > -math.inf)
 
 
-def keep(logits_NV: torch.Tensor, realised_N: torch.Tensor, rule: KeepRule) -> Positions:
+def keep(logits_NV: torch.Tensor, realised_N: torch.Tensor, rule: TopK) -> Positions:
     chunk = keep_chunk(logits_NV.clone(), realised_N, rule, TEMPERATURES)
     assert chunk.first_unscorable() is None
     return chunk.positions()
 
 
-def assert_equals_truth(logits_NV: torch.Tensor, rule: KeepRule) -> None:
+def assert_equals_truth(logits_NV: torch.Tensor, rule: TopK) -> None:
     realised_N = torch.arange(len(logits_NV)) * 7 % min(8, logits_NV.shape[1])
     got = keep(logits_NV, realised_N, rule)
     logp_NV = torch.log_softmax(logits_NV.double(), dim=1)
@@ -51,14 +51,14 @@ def assert_equals_truth(logits_NV: torch.Tensor, rule: KeepRule) -> None:
 @pytest.mark.parametrize(
     "rule",
     [
-        KeepRule(k=1, min_prob=0.0, always_ids=()),
-        KeepRule(k=5, min_prob=0.0, always_ids=(0, 1)),
-        KeepRule(k=64, min_prob=0.01, always_ids=(1,)),
-        KeepRule(k=10, min_prob=0.9, always_ids=()),
-        KeepRule(k=5000, min_prob=0.0, always_ids=(0,)),
+        TopK(k=1, min_prob=0.0, always_ids=()),
+        TopK(k=5, min_prob=0.0, always_ids=(0, 1)),
+        TopK(k=64, min_prob=0.01, always_ids=(1,)),
+        TopK(k=10, min_prob=0.9, always_ids=()),
+        TopK(k=5000, min_prob=0.0, always_ids=(0,)),
     ],
 )
-def test_stored_values_equal_the_full_distribution(vocab_size: int, rule: KeepRule):
+def test_stored_values_equal_the_full_distribution(vocab_size: int, rule: TopK):
     torch.manual_seed(vocab_size)
     assert_equals_truth(torch.randn(13, vocab_size) * torch.logspace(-1, 1.3, 13)[:, None], rule)
 
@@ -68,7 +68,7 @@ def test_a_tail_far_below_fp32_rounding_of_the_kept_mass_is_still_exact():
     logits = torch.zeros(5, 9)
     for n, drop in enumerate([10.0, 16.0, 40.0, 90.0, 300.0]):
         logits[n, 2:] = -drop - torch.arange(7) * 0.3
-    rule = KeepRule(k=2, min_prob=0.0, always_ids=())
+    rule = TopK(k=2, min_prob=0.0, always_ids=())
     assert_equals_truth(logits, rule)
     assert keep(logits, torch.zeros(5, dtype=torch.long), rule).tail_logsum_PT[4, 0] == pytest.approx(-299.8, abs=1.5)
 
@@ -77,21 +77,21 @@ def test_a_vocabulary_padded_with_minus_infinity_keeps_none_of_the_padding():
     torch.manual_seed(0)
     logits = torch.randn(6, 12)
     logits[:, 8:] = -torch.inf
-    assert_equals_truth(logits, KeepRule(k=3, min_prob=0.0, always_ids=(2, 9)))
-    everything = keep(logits, torch.zeros(6, dtype=torch.long), KeepRule(k=12, min_prob=0.0, always_ids=()))
+    assert_equals_truth(logits, TopK(k=3, min_prob=0.0, always_ids=(2, 9)))
+    everything = keep(logits, torch.zeros(6, dtype=torch.long), TopK(k=12, min_prob=0.0, always_ids=()))
     assert everything.kept_counts_P.tolist() == [8] * 6
     assert np.isneginf(everything.tail_logsum_PT).all()
 
 
 def test_control_tokens_outside_the_top_k_are_kept_when_asked_for():
     logits = torch.arange(20.0).repeat(2, 1)
-    got = keep(logits, torch.tensor([0, 19]), KeepRule(k=3, min_prob=0.0, always_ids=(0, 19)))
+    got = keep(logits, torch.tensor([0, 19]), TopK(k=3, min_prob=0.0, always_ids=(0, 19)))
     assert got.kept_ids_E.reshape(2, -1).tolist() == [[0, 17, 18, 19]] * 2
 
 
 def test_an_always_kept_token_that_min_prob_would_drop_stays():
     logits = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
-    got = keep(logits, torch.tensor([0]), KeepRule(k=4, min_prob=0.5, always_ids=(2,)))
+    got = keep(logits, torch.tensor([0]), TopK(k=4, min_prob=0.5, always_ids=(2,)))
     assert got.kept_ids_E.tolist() == [0, 2]
 
 
@@ -99,18 +99,18 @@ def test_an_always_kept_token_that_min_prob_would_drop_stays():
 def test_logits_that_are_no_numbers_are_reported_with_their_position(poison: float):
     logits = torch.zeros(4, 6)
     logits[2, 5] = poison
-    chunk = keep_chunk(logits, torch.zeros(4, dtype=torch.long), KeepRule(k=2, min_prob=0.0, always_ids=()), [1.0])
+    chunk = keep_chunk(logits, torch.zeros(4, dtype=torch.long), TopK(k=2, min_prob=0.0, always_ids=()), [1.0])
     assert chunk.first_unscorable() == 2
 
 
 def test_a_realised_token_without_any_probability_is_reported():
     logits = torch.zeros(3, 6)
     logits[1, 4] = -torch.inf
-    rule = KeepRule(k=2, min_prob=0.0, always_ids=())
+    rule = TopK(k=2, min_prob=0.0, always_ids=())
     assert keep_chunk(logits.clone(), torch.tensor([0, 4, 0]), rule, [1.0]).first_unscorable() == 1
     assert keep_chunk(logits.clone(), torch.tensor([0, 3, 0]), rule, [1.0]).first_unscorable() is None
 
 
 def test_bfloat16_logits_lose_nothing_more_once_they_are_fp32():
     torch.manual_seed(1)
-    assert_equals_truth((torch.randn(4, 33) * 8).bfloat16().float(), KeepRule(k=6, min_prob=0.0, always_ids=()))
+    assert_equals_truth((torch.randn(4, 33) * 8).bfloat16().float(), TopK(k=6, min_prob=0.0, always_ids=()))

@@ -6,7 +6,8 @@ from shared.manifest import Manifest
 def dataset_card(manifest: Manifest) -> str:
     teacher, keep = manifest.teacher, manifest.keep
     positions = manifest.total("positions")
-    sources = "\n".join(f"- `{file.name}`, sha256 `{file.sha256}`" for file in manifest.input.files)
+    files = [file for each in manifest.inputs for file in each.files]
+    sources = "\n".join(f"- `{file.name}`, sha256 `{file.sha256}`" for file in files)
     return f"""---
 configs:
 - config_name: default

@@ -1,0 +1,224 @@
+"""`inspect --html`: rows as one page that needs nothing else, neither a network nor, to be read, JavaScript.
+
+Everything that comes from data is hostile until it is escaped: text by `html.escape`, numbers and names as JSON in a
+script element that does not run, with <, > and & spelled as escapes, from where the page's script takes it into text
+nodes alone.  Should that fail, the page's Content-Security-Policy still runs no script and takes no style but the two
+whose digests it names.
+
+The page stays small: each distinct token is spelled out once, the most frequent with the lowest numbers, and
+log-probabilities are whole thousandths of a nat.  Above MAX_KEPT the least probable of every position are left out,
+and the page says so.
+
+Shapes: L tokens of a row, P positions of a row, K kept of one position, U distinct tokens of the page.
+"""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from shared.errors import ConfigError
+from shared.inspection import Inspector, Said, Spoken, surprise_labels, surprise_step, visible
+from shared.rows import Int32, Row
+
+MAX_TOKENS = 100_000
+MAX_KEPT = 512_000
+LISTED_SURPRISES = 10
+
+STYLE = Path(__file__).with_name("inspection_page.css").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("inspection_page.js").read_text(encoding="utf-8")
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src '$style_digest'; \
+script-src '$script_digest'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<header>
+<h1>$title</h1>
+$legend
+</header>
+<div class="columns">
+<main>
+$rows
+</main>
+<aside id="panel" aria-live="polite" hidden></aside>
+</div>
+<script type="application/json" id="data">$data</script>
+<script>$script</script>
+</body>
+</html>
+""")
+
+
+def html_page(inspector: Inspector, shown: Sequence[tuple[Row, str]], *, title: str) -> str:
+    """The rows, each with its place, as one page.
+
+    Raises:
+        ConfigError: more tokens than a browser shows with ease.
+    """
+    num_tokens = sum(row.num_tokens for row, _ in shown)
+    if num_tokens > MAX_TOKENS:
+        raise ConfigError(
+            f"{len(shown)} rows with {num_tokens:,} tokens are too many for one page, which holds {MAX_TOKENS:,}",
+            next_step="choose fewer with --row, --count or --id, or see them with --tokens",
+        )
+    spoken_rows = [(row, where, Spoken.of(row)) for row, where in shown]
+    num_kept = _kept_that_fit([spoken for *_, spoken in spoken_rows])
+    ids_U = _distinct([_ids_of(row, spoken, num_kept) for row, _, spoken in spoken_rows])
+    number_of = {token: number for number, token in enumerate(ids_U)}
+    data = {
+        "temperatures": inspector.temperatures,
+        "ids": ids_U,
+        "names": [visible(inspector.tokens.name(token)) for token in ids_U],
+        "rows": [_row_data(row, spoken, num_kept, number_of) for row, _, spoken in spoken_rows],
+    }
+    parts = [_section(inspector, row, where, spoken, n) for n, (row, where, spoken) in enumerate(spoken_rows)]
+    if num_kept is not None:
+        note = f"Too much for one page: of each position the {num_kept} most probable of the kept are shown."
+        parts.insert(0, f'<p class="note">{note}  <code>--at T</code> shows all of one.</p>')
+    return PAGE.substitute(
+        title=escape(visible(title)),
+        legend=_legend(any(spoken is not None for *_, spoken in spoken_rows)),
+        rows="\n".join(parts),
+        data=_script_json(data),
+        style=STYLE,
+        script=SCRIPT,
+        style_digest=_digest(STYLE),
+        script_digest=_digest(SCRIPT),
+    )
+
+
+def _digest(source: str) -> str:
+    """As a Content-Security-Policy names an inline script or style."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _script_json(tree: Any) -> str:
+    """JSON that neither ends the script element that holds it nor opens anything in it."""
+    text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _kept_that_fit(all_spoken: Sequence[Spoken | None]) -> int | None:
+    """How many of the kept of a position the page has room for; None for all of them."""
+    said = [said for spoken in all_spoken if spoken is not None for said in spoken.said_P]
+    if sum(len(each.kept_ids_K) for each in said) <= MAX_KEPT:
+        return None
+    return max(1, MAX_KEPT // len(said))
+
+
+def _ids_of(row: Row, spoken: Spoken | None, num_kept: int | None) -> Int32:
+    """Ids of the row's tokens and of the kept that are shown."""
+    kept = [said.kept_ids_K[:num_kept] for said in spoken.said_P] if spoken is not None else []
+    return np.concatenate([row.input_ids_L, *kept])
+
+
+def _distinct(ids: Sequence[Int32]) -> list[int]:
+    """The most frequent first: they get the shortest numbers."""
+    ids_U, count_U = np.unique(np.concatenate(ids), return_counts=True)
+    return ids_U[np.argsort(-count_U, kind="stable")].tolist()
+
+
+def _row_data(row: Row, spoken: Spoken | None, num_kept: int | None, number_of: dict[int, int]) -> dict[str, Any]:
+    """What the page's script knows of a row; all kept entries of its positions lie one after the other."""
+    tree: dict[str, Any] = {
+        "tokens": [number_of[token] for token in row.input_ids_L.tolist()],
+        "supervised": (row.source_index_P + 1).tolist(),
+        "teacher": None,
+    }
+    if spoken is not None:
+        kept_P = [said.kept(num_kept) for said in spoken.said_P]
+        tree["teacher"] = {
+            "weighted": spoken.is_weighted,
+            "realised": [_thousandths(said.realised_logp) for said in spoken.said_P],
+            "entropy": [_thousandths(said.entropy) for said in spoken.said_P],
+            "tail": [[_thousandths(logsum) for logsum in said.tail_logsum_T.tolist()] for said in spoken.said_P],
+            "counts": [len(kept) for kept in kept_P],
+            "all": [len(said.kept_ids_K) for said in spoken.said_P],
+            "kept": [number_of[token] for kept in kept_P for token, _ in kept],
+            "logp": [_thousandths(logp) for kept in kept_P for _, logp in kept],
+        }
+    return tree
+
+
+def _thousandths(nats: float) -> int | None:
+    """None for −inf: an empty tail."""
+    return round(nats * 1000) if math.isfinite(nats) else None
+
+
+def _legend(has_teacher: bool) -> str:
+    if not has_teacher:
+        return '<p class="legend"><span class="y">supervised</span> <span class="o">not supervised</span></p>'
+    steps = " ".join(f'<span class="s{step}">{escape(label)}</span>' for step, label in enumerate(surprise_labels()))
+    note = "Surprise of the teacher, −log p of the token that came, in nats:"
+    return f'<p class="legend">{note} {steps} <span class="o">not supervised</span></p>'
+
+
+def _section(inspector: Inspector, row: Row, where: str, spoken: Spoken | None, number: int) -> str:
+    """A row as coloured text, which can be read without the script."""
+    facts = [where, f"{row.num_tokens:,} tokens", f"{row.num_positions:,} supervised"]
+    listed: list[Said] = []
+    if spoken is not None and spoken.said_P:
+        facts += [f"mean surprise {spoken.mean_surprise:.3f} nats", f"perplexity {spoken.perplexity:.4g}"]
+        listed = spoken.most_surprising(LISTED_SURPRISES)
+    return (
+        f'<section class="row" aria-label="row {number}">\n<h2>{escape(visible(row.sample_id))}</h2>\n'
+        f'<p class="facts">{escape(visible(" · ".join(fact for fact in facts if fact)))}</p>\n'
+        f"{_surprises(inspector, listed, number)}"
+        f'<div class="text" dir="auto">{_text(inspector, row, spoken, number, {said.t for said in listed})}</div>\n'
+        "</section>"
+    )
+
+
+def _text(inspector: Inspector, row: Row, spoken: Spoken | None, number: int, targets: set[int]) -> str:
+    """One span for each token, in order: the script knows them by their place."""
+    said_at = {said.t: said for said in spoken.said_P} if spoken is not None else {}
+    ids, marks = row.input_ids_L.tolist(), row.label_mask_L.tolist()
+    spans = []
+    for t, (token, mark, part) in enumerate(zip(ids, marks, inspector.tokens.of_row(ids), strict=True)):
+        said = said_at.get(t)
+        classes = ([f"s{surprise_step(said.surprise)}"] if said else ["y"]) if mark else []
+        classes += ["c"] * (token in inspector.tokens.control_ids) + ["e"] * (not part)
+        attributes = f' class="{" ".join(classes)}"' if classes else ""
+        attributes += f' id="r{number}t{t}"' if t in targets else ""
+        attributes += f' title="{escape(_tooltip(inspector, said))}"' if said else ""
+        spans.append(f"<span{attributes}>{_shown(part)}</span>")
+    return "".join(spans)
+
+
+def _shown(part: str) -> str:
+    """Line feeds and tabs get a mark that is no text: what is copied from the page is the row."""
+    return escape(visible(part)).replace("\n", "<b></b>\n").replace("\t", "<u></u>\t")
+
+
+def _tooltip(inspector: Inspector, said: Said) -> str:
+    tip = f"t {said.t} · {inspector.tokens.quoted(said.token)} p {math.exp(said.realised_logp):.3g}"
+    return visible(f"{tip} · {_instead(inspector, said)}")
+
+
+def _instead(inspector: Inspector, said: Said) -> str:
+    other = said.instead()
+    return f"instead {inspector.tokens.quoted(other[0])} {math.exp(other[1]):.3g}" if other else "no other kept"
+
+
+def _surprises(inspector: Inspector, listed: Sequence[Said], number: int) -> str:
+    items = [
+        f'<li><a href="#r{number}t{said.t}"><code>{escape(visible(inspector.tokens.quoted(said.token)))}</code></a> '
+        f'<span class="s{surprise_step(said.surprise)}">{said.surprise:.2f}</span> '
+        f"<small>t {said.t}, {escape(visible(_instead(inspector, said)))}</small></li>"
+        for said in listed
+    ]
+    return f"<details open><summary>Most surprising</summary>\n<ol>{''.join(items)}</ol></details>\n" if items else ""

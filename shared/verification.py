@@ -1,0 +1,118 @@
+"""Is a dataset what was written?  Every fault, not only the first.
+
+By default the digest of every file and what the footers say; `deep` also decodes every value and asks whether the
+distributions are those of the tokens beside them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shared.dataset import LogitDataset
+from shared.errors import LogitferryError
+from shared.files import sha256_of_file
+from shared.manifest import MANIFEST_NAME, Manifest
+from shared.rows import LogitRow
+from shared.shard_reader import check_shard
+
+FP32_TOLERANCE = 1e-3
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """What was read, and what is wrong with it."""
+
+    shards: int = 0
+    rows: int = 0
+    positions: int = 0
+    faults: list[str] = field(default_factory=list)
+    damaged_shards: list[str] = field(default_factory=list)
+    """Paths of those with a fault of their own."""
+
+
+def verify(dataset: LogitDataset, *, deep: bool, on_shard: Callable[[], None] = lambda: None) -> Verification:
+    """Read every byte of the dataset; `on_shard` is called after each shard."""
+    manifest, found = dataset.manifest, Verification()
+    found.faults += _faults_of_other_files(dataset)
+    seen: set[str] = set()
+    for index, shard in enumerate(manifest.shards):
+        faults: list[str] = []
+        try:
+            if deep:
+                for rows in dataset.row_groups(index):
+                    faults += [f"{shard.path}: {fault}" for row in rows for fault in _row_faults(row, manifest)]
+                    faults += _repeats([row.sample_id for row in rows], seen, shard.path)
+            else:
+                faults += _repeats(check_shard(dataset.folder, shard, manifest.row_format), seen, shard.path)
+        except LogitferryError as error:
+            faults.append(str(error))
+        found.faults += faults
+        if faults:
+            found.damaged_shards.append(shard.path)
+        else:
+            found.shards, found.rows = found.shards + 1, found.rows + shard.rows
+            found.positions += shard.positions
+        on_shard()
+    known = {shard.path for shard in manifest.shards} | {MANIFEST_NAME, *manifest.files}
+    present = {path.relative_to(dataset.folder).as_posix() for path in dataset.folder.rglob("*") if not path.is_dir()}
+    found.faults += [f"{path}: is not in the manifest" for path in sorted(present - known)]
+    return found
+
+
+def _faults_of_other_files(dataset: LogitDataset) -> list[str]:
+    faults: list[str] = []
+    for path, digest in dataset.manifest.files.items():
+        file = dataset.folder / path
+        if not file.resolve().is_relative_to(dataset.folder.resolve()):
+            faults.append(f"{path}: leads outside the dataset")
+        elif not file.is_file():
+            faults.append(f"{file}: is missing")
+        elif sha256_of_file(file) != digest:
+            faults.append(f"{file}: damaged: its sha256 is not the manifest's")
+    try:
+        dataset.tokenizer()
+    except LogitferryError as error:
+        faults.append(str(error))
+    return faults
+
+
+def _repeats(sample_ids: list[str], seen: set[str], where: str) -> list[str]:
+    faults: list[str] = []
+    for sample_id in sample_ids:
+        if sample_id in seen:
+            faults.append(f"{where}: sample id {sample_id!r} comes twice")
+        seen.add(sample_id)
+    return faults
+
+
+def _row_faults(row: LogitRow, manifest: Manifest) -> list[str]:
+    """What can be told from a row alone: mass that does not add up, distributions of other tokens.
+
+    A realised token that is kept has the same value twice; one that is not is part of the tail and no larger than it,
+    or, where ids are sampled, less probable than tau.  Rows that are shifted by a token do not pass that.
+    """
+    teacher = row.teacher
+    position_E = np.repeat(np.arange(row.num_positions), teacher.kept_counts_P)
+    is_label_E = teacher.kept_ids_E == row.label_ids_P[position_E]
+    is_kept_P = np.zeros(row.num_positions, dtype=bool)
+    is_kept_P[position_E[is_label_E]] = True
+    label_logp, realised_logp = teacher.kept_logp_E[is_label_E], teacher.realised_logp_P[is_kept_P]
+    others_logp = teacher.realised_logp_P[~is_kept_P]
+    mass_P = np.bincount(position_E, np.exp(teacher.kept_logp_E), row.num_positions)
+    tolerance = FP32_TOLERANCE + 20 * float(manifest.keep.get("max_kl", 0.0)) ** 0.5
+    if manifest.row_format.has_tails:
+        tail_P = teacher.tail_logsum_PT[:, 0]
+        fits = np.array_equal(label_logp, realised_logp) and np.all(others_logp <= tail_P[~is_kept_P] + FP32_TOLERANCE)
+        mass_P += np.exp(tail_P)
+    else:
+        tau = float(manifest.keep["tau"])
+        is_sampled = label_logp == np.float32(np.log(tau))
+        fits = np.array_equal(label_logp[~is_sampled], realised_logp[~is_sampled])
+        least_probable = np.concatenate([others_logp, realised_logp[is_sampled]])
+        fits = fits and np.all(least_probable <= np.log(tau) + tolerance)
+        tolerance += 2 * tau
+    faults = [] if fits else [f"row {row.sample_id!r}: realised_logprob does not fit the distributions beside it"]
+    if not np.allclose(mass_P, 1.0, rtol=0, atol=tolerance):
+        faults.append(f"row {row.sample_id!r}: kept ids and tail do not add up to one")
+    return faults
