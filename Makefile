@@ -3,6 +3,7 @@
 #   make test         the fast tests
 #   make check        ruff, pyright and the fast tests
 #   make test-full    the long matrices as well
+#   make bench-codec  how small a dataset is and how fast; ARGS="--logits FILE.npz" for a real teacher's
 #   make bench-text   how fast text becomes rows; ARGS="--tokenizer FOLDER --files FILE…" for real ones
 # Where PyPI's torch would bring CUDA along: make … PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -11,7 +12,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint test-full bench-text install clean
+.PHONY: quickstart test check lint test-full bench-codec bench-text install clean
 
 install: $(VENV)/installed
 
@@ -28,6 +29,9 @@ test: install
 
 test-full: install
 	$(BIN)/python -m pytest -n auto
+
+bench-codec: install
+	$(BIN)/python -m tests.bench.codec $(ARGS)
 
 bench-text: install
 	$(BIN)/python -m tests.bench.text $(ARGS)
