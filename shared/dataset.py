@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from tokenizers import Tokenizer
 
 from shared.errors import DamagedDataError
@@ -13,7 +14,7 @@ from shared.files import sha256_of_file
 from shared.fingerprint import tokenizer_fingerprint
 from shared.manifest import MANIFEST_NAME, Manifest, read_manifest
 from shared.rows import LogitRow
-from shared.shard_reader import read_row_groups, read_sample_ids
+from shared.shard_reader import read_names, read_row_groups
 
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FOLDER = "data"
@@ -48,13 +49,17 @@ class LogitDataset:
         """All rows of one shard, verified; raises DamagedShardError."""
         return list(chain.from_iterable(self.row_groups(index)))
 
-    def sample_ids(self) -> list[list[str]]:
-        """The ids of every shard's rows, from that one column; nothing else is read or verified yet.
+    def names(self, index: int) -> pa.Table:
+        """The columns `sample_id` and `source` of one shard; nothing else is read, and no digest compared.
 
         Raises:
-            DamagedDataError: a shard is missing, or its column cannot be read.
+            DamagedShardError: it is missing, or the columns cannot be read.
         """
-        return [read_sample_ids(self.folder, shard) for shard in self.manifest.shards]
+        return read_names(self.folder, self.manifest.shards[index])
+
+    def sample_ids(self) -> list[list[str]]:
+        """The ids of every shard's rows; see `names`."""
+        return [self.names(index)["sample_id"].to_pylist() for index in range(len(self.manifest.shards))]
 
     def identity(self) -> str:
         """sha256 of the manifest, which holds the digest of everything else."""
@@ -75,7 +80,7 @@ class LogitDataset:
         """What `logit-shards info --json` prints; all of it stands in the manifest."""
         manifest = self.manifest
         positions = manifest.total("positions")
-        per_position = 1 / positions if positions else float("nan")
+        per_position = 1 / positions if positions else 0.0
         losses = [
             sum(of_T) * per_position for of_T in zip(*(shard.loss_nats for shard in manifest.shards), strict=True)
         ]

@@ -81,6 +81,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sha256_of_bytes(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def sha256_of_file(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -17,6 +17,7 @@ from shared.inspection import Inspector
 from shared.inspection_html import html_page
 from shared.manifest import losses_line
 from shared.progress import progress
+from shared.reseal import filter_rows, merge, repair
 from shared.shard_reader import REPAIR
 from shared.verification import verify
 
@@ -61,6 +62,74 @@ def verify_command(dataset: str, deep: bool, as_json: bool) -> None:
             f"{dataset}: {len(found.faults)} fault{'s' * (len(found.faults) > 1)}",
             next_step=REPAIR.format(dataset),
         )
+
+
+@cli.command("repair")
+@click.argument("dataset")
+@json_option
+def repair_command(dataset: str, as_json: bool) -> None:
+    """Take damaged and missing shards out of DATASET, so that it verifies and its dump can make them again.
+
+    Their files are moved to a folder beside the dataset.
+    """
+    opened = LogitDataset.open(dataset)
+    with progress("verify", len(opened.manifest.shards), "shards") as ticker:
+        damaged = repair(opened, ticker.advance)
+    manifest = LogitDataset.open(dataset).manifest
+    rows = manifest.total("rows")
+    lines = [f"{dataset}: {len(damaged)} shards taken out, {rows:,} rows left", *(f"  {path}" for path in damaged)]
+    if manifest.missing:
+        lines.append("  next: run the dump that made it again: it makes the missing shards, and those alone")
+    emit({"removed_shards": damaged, "missing": manifest.missing, "rows": rows}, lines, as_json=as_json)
+
+
+@cli.command("merge")
+@click.argument("datasets", nargs=-1, required=True)
+@click.option("--output", required=True, help="Folder of the new dataset.")
+@json_option
+def merge_command(datasets: tuple[str, ...], output: str, as_json: bool) -> None:
+    """Join DATASETS of one teacher, tokenizer and setting; their shards are copied byte for byte."""
+    opened = [LogitDataset.open(folder) for folder in datasets]
+    with progress("merge", sum(len(dataset.manifest.shards) for dataset in opened), "shards") as ticker:
+        merged = merge(opened, Path(output), ticker.advance)
+    _emit_new(merged, as_json=as_json)
+
+
+@cli.command("filter")
+@click.argument("dataset")
+@click.option("--output", required=True, help="Folder of the new dataset.")
+@click.option("--source", "sources", multiple=True, help="Leave out the rows of this source; repeatable.")
+@click.option("--sample-ids", type=click.Path(), help="File with one sample id on each line; these rows are left out.")
+@click.option("--reason", help="Why, for the history in the manifest.")
+@json_option
+def filter_command(
+    dataset: str, output: str, sources: tuple[str, ...], sample_ids: str | None, reason: str | None, as_json: bool
+) -> None:
+    """Write DATASET anew without some of its rows: a licence was withdrawn, a benchmark leaked in."""
+    ids = _read_lines(Path(sample_ids)) if sample_ids else []
+    if not ids and not sources:
+        raise ConfigError("nothing is to be left out", next_step="give --source NAME or --sample-ids FILE")
+    opened = LogitDataset.open(dataset)
+    with progress("filter", len(opened.manifest.shards), "shards") as ticker:
+        filtered = filter_rows(
+            opened, Path(output), sample_ids=ids, sources=sources, reason=reason, on_shard=ticker.advance
+        )
+    _emit_new(filtered, as_json=as_json)
+
+
+def _emit_new(dataset: LogitDataset, *, as_json: bool) -> None:
+    info = dataset.info()
+    emit(info, _info_lines(str(dataset.folder), info), as_json=as_json)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not (found := [line for line in lines if line]):
+        raise ConfigError(f"{path} holds no sample id")
+    return found
 
 
 @cli.command("inspect")

@@ -51,7 +51,7 @@ def read_row_groups(folder: Path, shard: Shard, row_format: RowFormat) -> Iterat
 
 def read_tables(folder: Path, shard: Shard, row_format: RowFormat) -> Iterator[pa.Table]:
     """The same as Arrow tables, whose values are not checked yet."""
-    yield from tables_of(_checked_bytes(folder, shard, row_format), str(folder / shard.path))
+    yield from tables_of(checked_bytes(folder, shard, row_format), str(folder / shard.path))
 
 
 def check_shard(folder: Path, shard: Shard, row_format: RowFormat) -> list[str]:
@@ -60,12 +60,12 @@ def check_shard(folder: Path, shard: Shard, row_format: RowFormat) -> list[str]:
     Raises:
         DamagedShardError: it is not what was written.
     """
-    _checked_bytes(folder, shard, row_format)
-    return read_sample_ids(folder, shard)
+    checked_bytes(folder, shard, row_format)
+    return read_names(folder, shard)["sample_id"].to_pylist()
 
 
-def read_sample_ids(folder: Path, shard: Shard) -> list[str]:
-    """The sample ids of a shard, from that column alone, its page checksums checked.
+def read_names(folder: Path, shard: Shard) -> pa.Table:
+    """Sample ids and sources of a shard's rows, from these columns alone, their page checksums checked.
 
     Raises:
         DamagedShardError: the file is missing or the column cannot be read.
@@ -78,7 +78,9 @@ def read_sample_ids(folder: Path, shard: Shard) -> list[str]:
                     f"{path}: the manifest says {shard.rows} rows, the file holds {file.metadata.num_rows}",
                     next_step=REPAIR.format(folder),
                 )
-            return file.read(columns=["sample_id"])["sample_id"].to_pylist()
+            table = file.read(columns=["sample_id", "source"])
+            table.validate(full=True)  # are they UTF-8?
+            return table
     except DamagedShardError:
         raise
     except UNREADABLE as error:
@@ -141,7 +143,7 @@ def _added(sums: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return {name: max(sums[name], more[name]) if name == "longest_row" else sums[name] + more[name] for name in more}
 
 
-def _checked_bytes(folder: Path, shard: Shard, row_format: RowFormat) -> pa.Buffer:
+def checked_bytes(folder: Path, shard: Shard, row_format: RowFormat) -> pa.Buffer:
     """The bytes of the file, whose digest and footer are the manifest's."""
     data = _verified_bytes(folder, shard, row_format)
     with open_parquet(data, where := str(folder / shard.path)) as file:

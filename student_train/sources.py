@@ -148,6 +148,8 @@ def _open_dataset(
 ) -> DatasetSource:
     folder = str(settings.dataset)
     dataset = LogitDataset.open(folder)
+    if dataset.manifest.missing:
+        logger.warning("%s: %d damaged shards were taken out of it", folder, len(dataset.manifest.missing))
     require_same_tokenizer(
         dataset.tokenizer(), tokenizer, expected_name=f"the dataset {folder}", got_name="the student"
     )

@@ -98,7 +98,7 @@ def test_one_draw_for_a_position_keeps_count_and_sum_nearly_constant(sharpness: 
 
 
 def test_improbable_ids_do_not_vanish_in_a_long_vocabulary():
-    """In one fp32 running sum over 200,000 ids of p = 1e-6 each, steps of p/tau would be rounded to multiples of an ulp."""
+    """In one fp32 running sum over 200,000 ids of p = 1e-6 each, steps of p/tau would be rounded to an ulp."""
     size = 200_000
     logits_V = torch.zeros(size)
     logits_V[0] = math.log(size * 4)  # p = 0.8
@@ -147,7 +147,7 @@ def test_block_borders_lose_and_repeat_nothing(vocab_size: int):
 
 
 def test_topk_with_its_tail_says_what_is_true_of_the_full_distribution():
-    """The bucket's KL is the full one with the tail as one outcome, at every declared temperature: no sampling, no bias."""
+    """The bucket's KL is the full one with the tail as one outcome, at every declared temperature."""
     logits_V = logits_of(2.0)
     rule, temperatures = TopK(k=20, min_prob=0.0, always_ids=()), [1.0, 2.0]
     got = keep_chunk(logits_V[None].clone(), torch.zeros(1, dtype=torch.long), rule, temperatures).positions()

@@ -1,0 +1,243 @@
+"""What is done to sealed datasets: joined, freed of rows, or of shards that were damaged.  Each result is sealed anew,
+and its manifest says what it was made from.
+
+`merge` and `filter_rows` write a new folder and leave the old ones alone; on a crash the new one has no manifest and is
+no dataset.  `repair` works in place: the manifest is replaced at once, and what it no longer names is then moved beside
+the dataset, so that nothing is lost; on a crash, repair again.
+"""
+
+import difflib
+import logging
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from shared.card import dataset_card
+from shared.dataset import CARD_NAME, LogitDataset, shard_path
+from shared.errors import ConfigError, DamagedDataError, ForeignTokenizerError, MismatchError
+from shared.files import claim_folder, sha256_of_bytes, write_atomically
+from shared.manifest import MANIFEST_NAME, Event, Manifest, Shard, write_manifest
+from shared.shard_reader import checked_bytes, tables_of
+from shared.shard_writer import Storage, write_table
+from shared.verification import verify
+
+OF_ONE_KIND = ("teacher", "vocab_size", "chat_template_sha256", "keep", "temperatures")
+"""What datasets must share to be one; and the tokenizer."""
+
+logger = logging.getLogger("logitferry")
+
+OnShard = Callable[[], None]
+
+
+def merge(datasets: Sequence[LogitDataset], output: Path, on_shard: OnShard = lambda: None) -> LogitDataset:
+    """One dataset of all rows, in order; shards are copied byte for byte.
+
+    Raises:
+        MismatchError: they differ in teacher, tokenizer or settings, a sample id comes twice, or one is incomplete.
+        DamagedShardError: a shard is not what was written.
+    """
+    first = datasets[0]
+    for other in datasets[1:]:
+        _require_one_kind(first, other)
+    for dataset in datasets:
+        _require_complete(dataset, "merge")
+    _require_distinct_ids(datasets)
+    claim_folder(output, [])
+    shards: list[Shard] = []
+    for dataset in datasets:
+        for shard in dataset.manifest.shards:
+            shards.append(_copy(dataset, shard, output, len(shards)))
+            on_shard()
+    history = [event for dataset in datasets for event in dataset.manifest.history]
+    event = Event(operation="merge", parents=[dataset.identity() for dataset in datasets])
+    return _seal(
+        output,
+        first,
+        inputs=[each for dataset in datasets for each in dataset.manifest.inputs],
+        shards=shards,
+        unit_records=None,
+        history=[*history, event],
+    )
+
+
+def filter_rows(
+    dataset: LogitDataset,
+    output: Path,
+    *,
+    sample_ids: Collection[str] = (),
+    sources: Collection[str] = (),
+    reason: str | None = None,
+    on_shard: OnShard = lambda: None,
+) -> LogitDataset:
+    """The dataset without the rows of these sample ids and sources; shards that have none of them are copied.
+
+    Raises:
+        ConfigError: no row is of these ids, a source is unknown, or no row would be left.
+        DamagedShardError: a shard is not what was written.
+    """
+    _require_complete(dataset, "filter")
+    manifest = dataset.manifest
+    known_sources: set[str] = set()
+    found_ids: set[str] = set()
+    for table in map(dataset.names, range(len(manifest.shards))):
+        known_sources |= set(table["source"].to_pylist())
+        found_ids |= set(table["sample_id"].to_pylist()) & set(sample_ids)
+    _require_known(sources, known_sources)
+    if sample_ids and not found_ids:
+        raise ConfigError(f"{dataset.folder}: has none of the {len(sample_ids)} sample ids")
+    if len(found_ids) < len(set(sample_ids)):
+        logger.warning("%d of %d sample ids are not in the dataset", len(set(sample_ids) - found_ids), len(sample_ids))
+    claim_folder(output, [])
+    shards: list[Shard] = []
+    storage = Storage(max_kl=manifest.keep.get("max_kl", 0.0))
+    for index, shard in enumerate(manifest.shards):
+        names = zip(*(dataset.names(index)[column].to_pylist() for column in ("sample_id", "source")), strict=True)
+        wanted = [sample_id not in found_ids and source not in sources for sample_id, source in names]
+        if all(wanted):
+            shards.append(_copy(dataset, shard, output, len(shards)))
+        elif any(wanted):
+            data = checked_bytes(dataset.folder, shard, manifest.row_format)
+            table = pa.concat_tables(tables_of(data, shard.path)).filter(pa.array(wanted))
+            data, entry = write_table(table, manifest.row_format, storage, shard_path(len(shards)))
+            write_atomically(output / entry.path, memoryview(data))
+            shards.append(entry)
+        on_shard()
+    if not shards:
+        raise ConfigError(f"{dataset.folder}: no row would be left", next_step=f"remove {output}, which is empty")
+    event = Event(
+        operation="filter",
+        parents=[dataset.identity()],
+        removed_rows=manifest.total("rows") - sum(shard.rows for shard in shards),
+        removed_sources=sorted(sources),
+        reason=reason,
+    )
+    return _seal(output, dataset, shards=shards, unit_records=None, history=[*manifest.history, event])
+
+
+def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]:
+    """Take damaged and missing shards out of a dataset, in place, and name them in the manifest as missing, so that
+    running the dump again makes them; write the card anew.  Returns their paths.
+
+    What no longer belongs to the dataset is moved to a folder beside it.
+
+    Raises:
+        DamagedDataError: the tokenizer is damaged; it cannot be made from the rest.
+    """
+    manifest, folder = dataset.manifest, dataset.folder
+    try:
+        tokenizer_files(dataset)
+        dataset.tokenizer()
+    except DamagedDataError as error:
+        raise DamagedDataError(
+            str(error), next_step=f"copy the tokenizer folder from where the dataset came from; {folder} is unchanged"
+        ) from None
+    found = verify(dataset, deep=True, on_shard=on_shard)
+    if not found.faults:
+        return []
+    damaged = found.damaged_shards
+    if damaged:
+        event = Event(operation="repair", parents=[dataset.identity()], removed_shards=damaged)
+        changes = {
+            "shards": [shard for shard in manifest.shards if shard.path not in damaged],
+            "missing": sorted({*manifest.missing, *damaged}),
+            "history": [*manifest.history, event],
+        }
+        manifest = manifest.model_copy(update=changes)
+    card = dataset_card(manifest).encode()
+    write_atomically(folder / CARD_NAME, card)
+    manifest = manifest.model_copy(update={"files": manifest.files | {CARD_NAME: sha256_of_bytes(card)}})
+    write_manifest(folder, manifest)
+    _set_aside(LogitDataset(folder=folder, manifest=manifest))
+    return damaged
+
+
+def _require_one_kind(first: LogitDataset, other: LogitDataset) -> None:
+    if first.manifest.tokenizer_fingerprint != other.manifest.tokenizer_fingerprint:
+        raise ForeignTokenizerError(
+            f"{other.folder} has another tokenizer than {first.folder}: fingerprint "
+            f"{other.manifest.tokenizer_fingerprint[:16]}…, expected {first.manifest.tokenizer_fingerprint[:16]}…"
+        )
+    one, two = (dataset.manifest.model_dump(mode="json") for dataset in (first, other))
+    for name in OF_ONE_KIND:
+        if one[name] != two[name]:
+            raise MismatchError(f"{other.folder} has {name} {two[name]}, but {first.folder} has {one[name]}")
+
+
+def _require_complete(dataset: LogitDataset, verb: str) -> None:
+    if dataset.manifest.missing:
+        raise MismatchError(
+            f"{dataset.folder}: {len(dataset.manifest.missing)} shards are missing",
+            next_step=f"run its dump again, which makes them, then {verb}",
+        )
+
+
+def _require_distinct_ids(datasets: Sequence[LogitDataset]) -> None:
+    seen: dict[str, Path] = {}
+    for dataset in datasets:
+        for sample_ids in dataset.sample_ids():
+            for sample_id in sample_ids:
+                if sample_id in seen:
+                    raise MismatchError(
+                        f"sample id {sample_id!r} is in {seen[sample_id]} and in {dataset.folder}",
+                        next_step="logit-shards filter one of the two first",
+                    )
+            seen |= dict.fromkeys(sample_ids, dataset.folder)
+
+
+def _require_known(sources: Collection[str], known: set[str]) -> None:
+    for source in sources:
+        if source not in known:
+            near = difflib.get_close_matches(source, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known)[:10])}"
+            raise ConfigError(f"no row is of source {source!r}; {hint}")
+
+
+def tokenizer_files(dataset: LogitDataset) -> dict[str, bytes]:
+    """Every file of a dataset but shards, card and manifest; raises DamagedDataError where one is not what it was."""
+    found: dict[str, bytes] = {}
+    for path, digest in dataset.manifest.files.items():
+        if path == CARD_NAME:
+            continue
+        file = dataset.folder / path
+        is_inside = file.resolve().is_relative_to(dataset.folder.resolve())
+        data = file.read_bytes() if is_inside and file.is_file() else b""
+        if sha256_of_bytes(data) != digest:
+            raise DamagedDataError(f"{file}: is missing or damaged: its sha256 is not the manifest's")
+        found[path] = data
+    return found
+
+
+def _copy(dataset: LogitDataset, shard: Shard, output: Path, number: int) -> Shard:
+    data = checked_bytes(dataset.folder, shard, dataset.manifest.row_format)
+    copy = shard.model_copy(update={"path": shard_path(number)})
+    write_atomically(output / copy.path, memoryview(data))
+    return copy
+
+
+def _seal(output: Path, origin: LogitDataset, **changes: object) -> LogitDataset:
+    """Tokenizer and card, and last of all the manifest."""
+    files = tokenizer_files(origin)
+    for path, data in files.items():
+        write_atomically(output / path, data)
+    manifest = origin.manifest.model_copy(update=changes)
+    card = dataset_card(manifest).encode()
+    write_atomically(output / CARD_NAME, card)
+    digests = {CARD_NAME: sha256_of_bytes(card)} | {path: sha256_of_bytes(data) for path, data in files.items()}
+    write_manifest(output, Manifest.model_validate(manifest.model_copy(update={"files": digests}).model_dump()))
+    return LogitDataset.open(output)
+
+
+def _set_aside(dataset: LogitDataset) -> None:
+    folder, manifest = dataset.folder, dataset.manifest
+    known = {shard.path for shard in manifest.shards} | {MANIFEST_NAME, *manifest.files}
+    aside = folder.with_name(f"{folder.resolve().name}.set-aside")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if name.as_posix() in known or (path.is_dir() and not path.is_symlink()):
+            continue
+        target = aside / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)
+        logger.info("%s: moved to %s", path, target)
