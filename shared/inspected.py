@@ -43,6 +43,8 @@ class Inspected(Protocol):
     """Rows that can be looked at."""
 
     tokenizer: Tokenizer
+    temperatures: Sequence[float]
+    """Those that a dataset declares; text has none."""
 
     def rows(self, selection: Selection) -> Iterator[tuple[Row, str]]:
         """The selected rows with their places."""
@@ -59,6 +61,7 @@ class InspectedDataset:
     def __init__(self, folder: str) -> None:
         self._dataset = LogitDataset.open(folder)
         self.tokenizer = self._dataset.tokenizer()
+        self.temperatures: Sequence[float] = self._dataset.manifest.temperatures
 
     def rows(self, selection: Selection) -> Iterator[tuple[Row, str]]:
         ids = self._dataset.sample_ids()
@@ -84,6 +87,7 @@ class InspectedText:
         self._reader = RecordReader(settings)
         tokenizer = load_tokenizer(model)
         self.tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        self.temperatures: Sequence[float] = ()
         limit = context_tokens(model) if context else None
         self._all = TextRows(tokenizer, settings, context_tokens=limit)
         few = settings.model_copy(update={"processes": 1})  # not worth starting others for

@@ -4,16 +4,11 @@ On a terminal supervised text is bold: green, or where a teacher has spoken colo
 token that came, from calm blue to hot red.  Its control tokens are underlined, other control tokens are cyan.
 Elsewhere supervised text stands between ⟦ and ⟧.  A line feed shows as ⏎.  Either way the most surprising positions
 are listed, and `--at` shows all that the teacher said at one of them.
-
-Shapes: L tokens of a row, P positions, K kept of one position, T declared temperatures.
 """
 
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -22,8 +17,9 @@ from rich.table import Column, Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from shared.errors import ConfigError
-from shared.rows import Float32, Int32, LogitRow, Row
+from shared.rows import Row
+from shared.spoken import Said, Spoken, require_spoken
+from shared.token_text import TokenText, visible
 
 SUPERVISED, OTHER, OTHER_CONTROL = "bold green", "dim", "cyan"
 SURPRISE_STEPS = (0.1, 0.7, 2.3, 4.6)
@@ -40,16 +36,6 @@ SHOWN_SURPRISES = 5
 SHOWN_BEFORE = 60
 """Characters of what precedes a token."""
 BAR_CELLS = 24
-LONGEST_GROUP = 32
-"""Tokens that are tried together for one character, so that bytes which never become one cost no quadratic time."""
-
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-def visible(text: str) -> str:
-    """Control characters as pictures of them, for a row must not command the terminal or the page that shows it."""
-    return text.translate(_PICTURES)
 
 
 def surprise_step(surprise: float) -> int:
@@ -61,164 +47,6 @@ def surprise_labels() -> list[str]:
     """The five steps in nats."""
     between = [f"{begin}–{end}" for begin, end in pairwise(SURPRISE_STEPS)]
     return [f"< {SURPRISE_STEPS[0]}", *between, f"≥ {SURPRISE_STEPS[-1]}"]
-
-
-class TokenText:
-    """What tokens say, each alone and where it stands in a row."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._bytes = _byte_alphabet()
-        self.control_ids = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
-
-    def name(self, token: int) -> str:
-        """The token alone; the bytes of one that is only part of a character stand as `\\xf0\\x9f`."""
-        if (data := self._part(token)) is not None:
-            return data.decode("utf-8", "backslashreplace")
-        if (piece := self._tokenizer.id_to_token(token)) is None:
-            return "<no token>"  # padding of the teacher's vocabulary
-        text = self.decode([token])
-        return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text  # decoders strip the first
-
-    def quoted(self, token: int) -> str:
-        """The token alone as a Python string, so that spaces and line feeds can be seen."""
-        return repr(self.name(token)) if (data := self._part(token)) is None else repr(data)[1:]
-
-    def of_row(self, ids: Sequence[int]) -> list[str]:
-        """The row's text in as many parts as it has tokens; the parts joined are the decoded row.
-
-        Tokens that are parts of one character are empty but for the last, which holds what they say together.  Each
-        is decoded behind the tokens before it, since decoders treat the beginning of a text in their own way; of
-        these only the last whole group is needed, so that the time is linear.
-        """
-        parts = [""] * len(ids)
-        before, begin, told = 0, 0, ""
-        for end in range(1, len(ids) + 1):
-            text = self.decode(ids[before:end])
-            if text.endswith("\ufffd") and end < len(ids) and end - begin < LONGEST_GROUP:
-                continue
-            parts[end - 1] = text[len(told) :]
-            before, begin = begin, end
-            told = self.decode(ids[before:end])
-        return parts
-
-    def _part(self, token: int) -> bytes | None:
-        """The bytes of a token that is no whole text, in either byte-level family of tokenizers."""
-        piece = self._tokenizer.id_to_token(token)
-        if piece is None or "\ufffd" not in self.decode([token]):
-            return None
-        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
-            return bytes([int(piece[3:5], 16)])
-        if all(character in self._bytes for character in piece):
-            return bytes(self._bytes[character] for character in piece)
-        return None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes with (GPT-2's `bytes_to_unicode`, backwards)."""
-    as_they_are = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in as_they_are]
-    return {chr(byte): byte for byte in as_they_are} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Said:
-    """What the teacher said at the position of token t, the most probable ids first."""
-
-    t: int
-    token: int
-    realised_logp: float
-    entropy: float
-    kept_ids_K: Int32
-    kept_logp_K: Float32
-    tail_logsum_T: Float32
-
-    @property
-    def is_weighted(self) -> bool:
-        """A threshold sample: the kept carry log weights, unbiased for p, and nothing is known of the rest."""
-        return not len(self.tail_logsum_T)
-
-    @property
-    def surprise(self) -> float:
-        return max(0.0, -self.realised_logp)
-
-    @property
-    def rank(self) -> int | None:
-        """Of the realised token among the kept, from 0."""
-        found = np.flatnonzero(self.kept_ids_K == self.token)
-        return int(found[0]) if len(found) else None
-
-    def instead(self) -> tuple[int, float] | None:
-        """The most probable other token with its log p (or log weight)."""
-        return next((pair for pair in self.kept(2) if pair[0] != self.token), None)
-
-    def kept(self, count: int | None = None) -> list[tuple[int, float]]:
-        """The first so many, or all: ids with their log p (or log weight)."""
-        return list(zip(self.kept_ids_K[:count].tolist(), self.kept_logp_K[:count].tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """All that the teacher said about one row."""
-
-    said_P: list[Said]
-
-    @staticmethod
-    def of(row: Row) -> "Spoken | None":
-        """None for a row of text."""
-        if not isinstance(row, LogitRow):
-            return None
-        said_P = []
-        only_P = row.teacher.split([1] * row.num_positions)
-        for t, token, only in zip((row.source_index_P + 1).tolist(), row.label_ids_P.tolist(), only_P, strict=True):
-            order_K = np.argsort(-only.kept_logp_E, kind="stable")
-            said = Said(
-                t=t,
-                token=token,
-                realised_logp=float(only.realised_logp_P[0]),
-                entropy=float(only.entropy_P[0]),
-                kept_ids_K=only.kept_ids_E[order_K],
-                kept_logp_K=only.kept_logp_E[order_K],
-                tail_logsum_T=only.tail_logsum_PT[0],
-            )
-            said_P.append(said)
-        return Spoken(said_P)
-
-    @cached_property
-    def mean_surprise(self) -> float:
-        return sum(said.surprise for said in self.said_P) / len(self.said_P) if self.said_P else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.mean_surprise, 700.0))  # NaN stays NaN
-
-    @property
-    def is_weighted(self) -> bool:
-        return any(said.is_weighted for said in self.said_P)
-
-    def most_surprising(self, count: int) -> list[Said]:
-        return sorted(self.said_P, key=lambda said: -said.surprise)[:count]
-
-    def at(self, t: int, where: str) -> Said:
-        """What was said about token t.
-
-        Raises:
-            ConfigError: it is not supervised.
-        """
-        for said in self.said_P:
-            if said.t == t:
-                return said
-        if not self.said_P:
-            raise ConfigError(f"{where}: has no supervised token", next_step="choose another --row")
-        nearest = min(self.said_P, key=lambda said: abs(said.t - t)).t
-        raise ConfigError(
-            f"{where}: token {t} is not supervised; {len(self.said_P):,} are, "
-            f"the first at t = {self.said_P[0].t}, the last at t = {self.said_P[-1].t}",
-            next_step=f"--at {nearest} is the nearest; --tokens lists all",
-        )
 
 
 class Inspector:
@@ -241,7 +69,7 @@ class Inspector:
         With `at` instead all that the teacher said about token number `at`; raises ConfigError where it said nothing.
         """
         if at is not None:
-            said = _spoken(row, where).at(at, where)
+            said = require_spoken(row, where).at(at, where)
             yield Text(self.heading(row, where))
             yield from self._at(row, said)
             return
@@ -271,7 +99,7 @@ class Inspector:
 
     def as_json(self, row: Row, where: str, *, tokens: bool, at: int | None = None) -> dict[str, Any]:
         """The row for programs: `text` is a list of [supervised?, text]."""
-        spoken = Spoken.of(row) if at is None else _spoken(row, where)
+        spoken = Spoken.of(row) if at is None else require_spoken(row, where)
         parts = zip(row.label_mask_L.tolist(), self.tokens.of_row(row.input_ids_L.tolist()), strict=True)
         runs = groupby(parts, key=lambda part: part[0])
         tree: dict[str, Any] = {
@@ -374,16 +202,6 @@ class Inspector:
             yield line + f"number {said.rank + 1} of the {len(said.kept_ids_K)} kept"
         else:
             yield line + ("not kept" if said.is_weighted else "not kept, part of the tail")
-
-
-def _spoken(row: Row, where: str) -> Spoken:
-    spoken = Spoken.of(row)
-    if spoken is None:
-        raise ConfigError(
-            f"{where}: is text, of which no teacher has said anything yet",
-            next_step="logit-shards inspect DATASET --at T, once it is dumped",
-        )
-    return spoken
 
 
 def _legend(spoken: Spoken, *, plain: bool) -> Text:

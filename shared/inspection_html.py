@@ -25,8 +25,10 @@ from typing import Any
 import numpy as np
 
 from shared.errors import ConfigError
-from shared.inspection import Inspector, Said, Spoken, surprise_labels, surprise_step, visible
+from shared.inspection import Inspector, surprise_labels, surprise_step
 from shared.rows import Int32, Row
+from shared.spoken import Said, Spoken
+from shared.token_text import visible
 
 MAX_TOKENS = 100_000
 MAX_KEPT = 512_000

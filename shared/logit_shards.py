@@ -12,7 +12,7 @@ from shared.cli import command_group, emit, json_option, run_command
 from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError
 from shared.files import write_atomically
-from shared.inspected import InspectedDataset, Selection, next_step, open_inspected
+from shared.inspected import Selection, next_step, open_inspected
 from shared.inspection import Inspector
 from shared.inspection_html import html_page
 from shared.manifest import losses_line
@@ -166,8 +166,7 @@ def inspect_command(
     PATH is a text file (with --tokenizer), the config of a dump or a training, or a dataset.
     """
     inspected = open_inspected(path, tokenizer, overrides)
-    temperatures = inspected._dataset.manifest.temperatures if isinstance(inspected, InspectedDataset) else []
-    inspector = Inspector(inspected.tokenizer, temperatures)
+    inspector = Inspector(inspected.tokenizer, inspected.temperatures)
     shown = list(inspected.rows(Selection(first=row, count=count, sample_id=sample_id)))
     if not shown and not read_all:
         wanted = f"sample id {sample_id!r}" if sample_id else f"number {row}"
