@@ -186,6 +186,11 @@ class Trainer:
 def _find_tail(source: Source, temperature: float) -> int:
     """The place of the temperature among those that the source declares; raises MismatchError for another."""
     declared = list(source.temperatures)
+    if not declared:
+        raise MismatchError(
+            "the dataset was kept by threshold: its sampled ids have weights, and not the tails that loss.tail needs",
+            next_step="dump with keep.method: topk, or train on the labels alone with loss.kd_weight: 0",
+        )
     if temperature not in declared:
         raise MismatchError(
             f"loss.temperature {temperature:g} is not among the dataset's {declared}; its tail is not known",

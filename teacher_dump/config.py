@@ -36,7 +36,7 @@ class KeepSettings(Settings):
     """topk: at most so many ids per position (`always` comes on top)."""
     min_prob: float = Field(default=0.0, ge=0.0, lt=1.0)
     """topk: of the k largest keep only those with p >= min_prob; the largest one is always kept."""
-    tau: float = Field(default=0.02, gt=0.0, lt=1.0)
+    tau: float = Field(default=0.02, gt=0.0, le=0.5)
     """threshold: what is at least as probable is kept as it is, anything else with probability p/tau and weight tau."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """threshold: of the draws, which depend on nothing else but sample id and position."""

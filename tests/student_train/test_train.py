@@ -235,6 +235,22 @@ def test_an_undeclared_temperature_is_refused(student_folder: Path, dataset: Pat
         Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), loss__temperature=3))
 
 
+def test_a_threshold_dataset_is_refused_for_distillation_and_taken_for_its_labels(
+    teacher_folder: Path, student_folder: Path, chats: Path, tmp_path: Path
+):
+    """Its weights have no tail, and a loss that took them for probabilities would teach something else."""
+    sampled = run_dump(
+        dump_settings(teacher_folder, chats, tmp_path / "sampled", keep={"method": "threshold"}, temperatures=[1])
+    )
+    data = {"data__dataset": str(sampled.folder)}
+    with pytest.raises(MismatchError, match=r"(?s)kept by threshold.*next: dump with keep.method: topk"):
+        Trainer(settings(student_folder, tmp_path / "out", **data))
+    result = Trainer(
+        settings(student_folder, tmp_path / "sft", **data, loss__kd_weight=0, held_out__fraction=0.2)
+    ).run()
+    assert result["held_out"]["kl"] is None
+
+
 def test_rows_longer_than_the_students_context_are_refused(dataset: Path, tmp_path: Path):
     student = make_model(tmp_path / "short", max_position_embeddings=64)
     make_tokenizer(student)
