@@ -10,7 +10,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from shared.errors import MismatchError
+from shared.errors import ForeignTokenizerError
+
+TRAIN_ANOTHER = "train a student that has the teacher's tokenizer, or dump with a teacher that has the student's"
 
 
 def sha256_of_json(value: Any) -> str:
@@ -30,19 +32,21 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     return sha256_of_json({"tokens": _tokens_by_id(tokenizer), "merges": merges})
 
 
-def require_same_tokenizer(expected: Tokenizer, got: Tokenizer, *, expected_name: str, got_name: str) -> None:
+def require_same_tokenizer(
+    expected: Tokenizer, got: Tokenizer, *, expected_name: str, got_name: str, next_step: str = TRAIN_ANOTHER
+) -> None:
     """Refuse a tokenizer that would give the dataset's ids another meaning.
 
     Raises:
-        MismatchError: with both fingerprints and the first token that differs.
+        ForeignTokenizerError: with both fingerprints and the first token that differs.
     """
     fingerprints = tokenizer_fingerprint(expected), tokenizer_fingerprint(got)
     if fingerprints[0] == fingerprints[1]:
         return
-    raise MismatchError(
+    raise ForeignTokenizerError(
         f"the tokenizers differ: {expected_name} has {fingerprints[0][:16]}…, {got_name} has {fingerprints[1][:16]}…; "
         + _first_difference(_tokens_by_id(expected), _tokens_by_id(got)),
-        next_step="train a student that has the teacher's tokenizer, or dump with a teacher that has the student's",
+        next_step=next_step,
     )
 
 

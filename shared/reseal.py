@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from shared.card import dataset_card
 from shared.dataset import CARD_NAME, LogitDataset, shard_path
-from shared.errors import ConfigError, DamagedDataError, ForeignTokenizerError, MismatchError
+from shared.errors import ConfigError, DamagedDataError, MismatchError
 from shared.files import claim_folder, sha256_of_bytes, write_atomically
+from shared.fingerprint import require_same_tokenizer
 from shared.manifest import MANIFEST_NAME, Event, Manifest, Shard, write_manifest
 from shared.shard_reader import checked_bytes, tables_of
 from shared.shard_writer import Storage, write_table
@@ -35,7 +36,8 @@ def merge(datasets: Sequence[LogitDataset], output: Path, on_shard: OnShard = la
     """One dataset of all rows, in order; shards are copied byte for byte.
 
     Raises:
-        MismatchError: they differ in teacher, tokenizer or settings, a sample id comes twice, or one is incomplete.
+        ForeignTokenizerError: they differ in their tokenizers.
+        MismatchError: they differ in teacher or settings, a sample id comes twice, or one is incomplete.
         DamagedShardError: a shard is not what was written.
     """
     first = datasets[0]
@@ -154,11 +156,13 @@ def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]
 
 
 def _require_one_kind(first: LogitDataset, other: LogitDataset) -> None:
-    if first.manifest.tokenizer_fingerprint != other.manifest.tokenizer_fingerprint:
-        raise ForeignTokenizerError(
-            f"{other.folder} has another tokenizer than {first.folder}: fingerprint "
-            f"{other.manifest.tokenizer_fingerprint[:16]}…, expected {first.manifest.tokenizer_fingerprint[:16]}…"
-        )
+    require_same_tokenizer(
+        first.tokenizer(),
+        other.tokenizer(),
+        expected_name=str(first.folder),
+        got_name=str(other.folder),
+        next_step="merge datasets of one tokenizer; its fingerprint is in `logit-shards info`",
+    )
     one, two = (dataset.manifest.model_dump(mode="json") for dataset in (first, other))
     for name in OF_ONE_KIND:
         if one[name] != two[name]:
