@@ -5,7 +5,10 @@ from shared.manifest import Manifest
 
 def dataset_card(manifest: Manifest) -> str:
     teacher, keep = manifest.teacher, manifest.keep
-    positions = manifest.total("positions")
+    positions = max(manifest.total("positions"), 1)
+    temperatures = ", ".join(f"{t:g}" for t in manifest.temperatures)
+    tails = f"exact, at T = {temperatures}" if manifest.row_format.has_tails else "none: ids are sampled, with weights"
+    loss = manifest.loss_nats[0] if manifest.shards else 0.0
     files = [file for each in manifest.inputs for file in each.files]
     sources = "\n".join(f"- `{file.name}`, sha256 `{file.sha256}`" for file in files)
     return f"""---
@@ -25,10 +28,11 @@ supervised token it holds what the teacher `{teacher.name}` ({teacher.architectu
 |---|---|
 | rows | {manifest.total("rows"):,} |
 | tokens | {manifest.total("tokens"):,} |
-| positions (supervised tokens) | {positions:,} |
+| positions (supervised tokens) | {manifest.total("positions"):,} |
 | kept ids per position | {manifest.total("kept") / positions:.2f} ({", ".join(f"{k} {v}" for k, v in keep.items())}) |
 | kept probability mass | {manifest.total("kept_mass") / positions:.4%} |
-| temperatures with an exact tail | {", ".join(f"{t:g}" for t in manifest.temperatures)} |
+| mass of the rest | {tails} |
+| lost by rounding | {loss:.2g} nats per position |
 | vocabulary | {manifest.vocab_size:,} |
 
 Made from:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from shared.errors import DamagedDataError
-from shared.files import sha256_of_file
+from shared.files import sha256_of_file, why_no_file
 from shared.fingerprint import tokenizer_fingerprint
 from shared.manifest import MANIFEST_NAME, Manifest, read_manifest
 from shared.rows import LogitRow
@@ -19,6 +19,7 @@ from shared.shard_reader import read_names, read_row_groups
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FOLDER = "data"
 CARD_NAME = "README.md"
+COPY_TOKENIZER = "copy the tokenizer folder from where the dataset came from"
 
 
 def shard_path(number: int) -> str:
@@ -68,12 +69,14 @@ class LogitDataset:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids, checked against the manifest's fingerprint."""
         path = self.folder / TOKENIZER_FOLDER / "tokenizer.json"
+        if fault := why_no_file(self.folder, path):
+            raise DamagedDataError(f"{path}: {fault}", next_step=COPY_TOKENIZER)
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise DamagedDataError(f"{path}: cannot be read: {error}") from None
+            raise DamagedDataError(f"{path}: cannot be read: {error}", next_step=COPY_TOKENIZER) from None
         if tokenizer_fingerprint(tokenizer) != self.manifest.tokenizer_fingerprint:
-            raise DamagedDataError(f"{path}: is not the tokenizer that the manifest names")
+            raise DamagedDataError(f"{path}: is not the tokenizer that the manifest names", next_step=COPY_TOKENIZER)
         return tokenizer
 
     def info(self) -> dict[str, Any]:
@@ -81,9 +84,7 @@ class LogitDataset:
         manifest = self.manifest
         positions = manifest.total("positions")
         per_position = 1 / positions if positions else 0.0
-        losses = [
-            sum(of_T) * per_position for of_T in zip(*(shard.loss_nats for shard in manifest.shards), strict=True)
-        ]
+        losses = manifest.loss_nats
         return {
             "format_version": manifest.format_version,
             "identity": self.identity(),

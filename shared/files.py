@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,19 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def why_no_file(folder: Path, path: Path) -> str | None:
+    """What keeps `path` from being a file inside `folder`; None where nothing does.  Opens nothing that may block."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):  # which loops of links don't hurt
+        return "leads outside the dataset"
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if stat.S_ISREG(mode) else "is a folder, pipe or device, not a file"
 
 
 def sha256_of_bytes(data: bytes | memoryview) -> str:

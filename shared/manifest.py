@@ -1,11 +1,14 @@
 """The manifest: what a dataset is and holds.  It is written last; a folder without one is no dataset."""
 
 import json
+import math
+import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from shared import __version__
 from shared.config import Settings
@@ -17,10 +20,33 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CREATED_BY = f"logitferry {__version__}"
 MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_VALUES = 1 << 22
+"""Numbers, strings, lists and so on: those of 300,000 shards, and a GiB of memory at most."""
+MAX_SETTINGS_DEPTH = 16
 MAX_SHARD_BYTES = (1 << 31) - 1
+MAX_SHARD_ROWS = 1 << 24
+MAX_TEMPERATURES = 64
 SHARD_PATH = r"^data/part-[0-9]{5,9}\.parquet$"
 SHA256 = r"^[0-9a-f]{64}$"
+FILE_PATH = r"^[^/\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,254}$"
+COPY_AGAIN = "copy manifest.json again from where the dataset came from"
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 100.0  # with at most three decimals, so that each names a column
+
+
+def _plain(tree: Any, depth: int = 0) -> Any:
+    """Settings as they are, if JSON can hold them; raises ValueError."""
+    if depth > MAX_SETTINGS_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_SETTINGS_DEPTH}")
+    if isinstance(tree, float) and not math.isfinite(tree):
+        raise ValueError(f"holds {tree}, which is no number")
+    for each in [*tree, *tree.values()] if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        _plain(each, depth + 1)
+    return tree
+
+
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PlainSettings = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Shard(Settings):
@@ -29,18 +55,18 @@ class Shard(Settings):
     path: str = Field(pattern=SHARD_PATH)
     sha256: str = Field(pattern=SHA256)
     size_bytes: int = Field(ge=0, le=MAX_SHARD_BYTES)
-    rows: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    longest_row: int = Field(ge=0)
+    rows: int = Field(ge=1, le=MAX_SHARD_ROWS)
+    tokens: Count
+    longest_row: Count
     """Tokens of the longest row, so that a student knows before it starts whether its context is long enough."""
-    positions: int = Field(ge=0)
-    kept: int = Field(ge=0)
+    positions: Count
+    kept: Count
     """Kept entries of all positions."""
-    kept_mass: float
+    kept_mass: Amount
     """Σ over positions of the kept probability at T = 1."""
-    teacher_bytes: int = Field(ge=0)
+    teacher_bytes: Count
     """Compressed column chunks of all that the teacher said."""
-    loss_nats: list[Annotated[float, Field(ge=0)]]
+    loss_nats: list[Amount]
     """What storage lost at each declared temperature, Σ over positions; see `shared.rounding.storage_loss`."""
 
 
@@ -65,8 +91,8 @@ class Input(Settings):
     """The text files with their digests, how they were read, and what became of their records."""
 
     files: list[InputFile]
-    settings: dict[str, Any]
-    tally: dict[str, int]
+    settings: PlainSettings
+    tally: dict[str, Count]
 
 
 def losses_line(tally: dict[str, int]) -> str:
@@ -84,7 +110,7 @@ class Event(Settings):
     created_by: str = CREATED_BY
     parents: list[Annotated[str, Field(pattern=SHA256)]]
     """Identities of the datasets that it was done to."""
-    removed_rows: int = Field(default=0, ge=0)
+    removed_rows: Count = 0
     removed_sources: list[str] = []
     removed_shards: list[str] = []
     reason: str | None = None
@@ -100,9 +126,9 @@ class Manifest(Settings):
     """V: every id is below it."""
     tokenizer_fingerprint: str
     chat_template_sha256: str | None
-    keep: dict[str, Any]
+    keep: PlainSettings
     """`method`, and the settings it had."""
-    temperatures: list[float] = Field(min_length=1)
+    temperatures: list[float] = Field(min_length=1, max_length=MAX_TEMPERATURES)
     inputs: list[Input]
     """One, or one for each dataset that was merged."""
     unit_records: int | None = Field(ge=1)
@@ -111,7 +137,7 @@ class Manifest(Settings):
     missing: list[Annotated[str, Field(pattern=SHARD_PATH)]]
     """Shards that were damaged and taken out; running the dump again makes them again."""
     history: list[Event]
-    files: dict[str, Annotated[str, Field(pattern=SHA256)]]
+    files: dict[Annotated[str, Field(pattern=FILE_PATH)], Annotated[str, Field(pattern=SHA256)]]
     """sha256 of every other file of the dataset (card, tokenizer), by its path."""
 
     @field_validator("keep")
@@ -119,6 +145,12 @@ class Manifest(Settings):
     def _known_method(cls, keep: dict[str, Any]) -> dict[str, Any]:
         if keep.get("method") not in ("topk", "threshold"):
             raise ValueError(f"method is topk or threshold, got {keep.get('method')!r}")
+        for name, needed in (("tau", keep["method"] == "threshold"), ("max_kl", False)):
+            value: Any = keep.get(name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            fits = is_number and (0 < value < 1 or (name == "max_kl" and value == 0))
+            if (needed or name in keep) and not fits:
+                raise ValueError(f"{name} is a number between 0 and 1, got {value!r:.40}")
         return keep
 
     @field_validator("temperatures")
@@ -146,6 +178,12 @@ class Manifest(Settings):
     @property
     def row_format(self) -> RowFormat:
         return row_format(self.keep, self.temperatures, self.vocab_size)
+
+    @property
+    def loss_nats(self) -> list[float]:
+        """Mean over all positions of what storage lost, for each declared temperature."""
+        positions = max(self.total("positions"), 1)
+        return [sum(of_T) / positions for of_T in zip(*(shard.loss_nats for shard in self.shards), strict=True)]
 
     def total(self, name: str) -> Any:
         """Sum of one field over the shards."""
@@ -182,27 +220,66 @@ def read_manifest(folder: Path) -> Manifest:
             f"dataset {folder} " + ("is a file, not a folder" if folder.exists() else "does not exist"),
             next_step="check the path; a dataset is the folder that holds manifest.json",
         )
-    if not path.is_file():
+    try:
+        tree = _parse(_bytes_of(path))
+    except FileNotFoundError:
         raise UnsealedDatasetError(
             f"{folder} is no sealed dataset: it has no manifest.json",
             next_step="finish the dump: run the same `teacher-dump run` again",
-        )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise DamagedManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        tree = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DamagedManifestError(f"{path}: not valid JSON: {error}") from None
-    version = tree.get("format_version") if isinstance(tree, dict) else None
-    if version != FORMAT_VERSION:
+        ) from None
+    except OSError as error:
+        raise DamagedManifestError(f"{path}: cannot be read: {error.strerror or error}", next_step=COPY_AGAIN) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedManifestError(f"{path}: not valid JSON: {error}", next_step=COPY_AGAIN) from None
+    if not isinstance(tree, dict):
+        raise DamagedManifestError(f"{path}: expected a mapping, got {type(tree).__name__}", next_step=COPY_AGAIN)
+    version = tree.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UnknownVersionError(
-            f"{path}: format version {version!r}, this release reads version {FORMAT_VERSION}",
+            f"{path}: format version {version!r:.40}, this release reads version {FORMAT_VERSION}",
             next_step="pip install --upgrade logitferry",
         )
     try:
-        return Manifest.model_validate(tree)
+        return Manifest.model_validate(tree, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
+        got = "" if isinstance(first["input"], dict | list) else f", got {first['input']!r:.60}"
+        place = ".".join(map(str, first["loc"])) or "the whole of it"
         raise DamagedManifestError(
-            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']} ({error.error_count()} faults in all)"
+            f"{path}: {place[:200]}: {first['msg']}{got} ({error.error_count()} faults in all)",
+            next_step=COPY_AGAIN,
         ) from None
+
+
+def _bytes_of(path: Path) -> bytes:
+    """The bytes of a manifest; raises OSError, or ValueError where there are too many of them."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is not a file")
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        raise OSError("it is a link that leads outside the dataset")
+    if status.st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{status.st_size} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
+    return path.read_bytes()
+
+
+def _parse(data: bytes) -> Any:
+    """The tree of a JSON text; raises ValueError or RecursionError."""
+    if (values := sum(map(data.count, (b",", b"[", b"{")))) > MAX_MANIFEST_VALUES:
+        raise ValueError(f"{values} values, at most {MAX_MANIFEST_VALUES} are allowed")
+    tree = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    if b"\\u" in data:
+        json.dumps(tree, ensure_ascii=False).encode()  # raises where it is half a character
+    return tree
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {name!r:.60} is given twice")
+    return tree
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")

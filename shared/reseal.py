@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from shared.card import dataset_card
-from shared.dataset import CARD_NAME, LogitDataset, shard_path
+from shared.dataset import CARD_NAME, COPY_TOKENIZER, LogitDataset, shard_path
 from shared.errors import ConfigError, DamagedDataError, MismatchError
-from shared.files import claim_folder, sha256_of_bytes, write_atomically
+from shared.files import claim_folder, sha256_of_bytes, why_no_file, write_atomically
 from shared.fingerprint import require_same_tokenizer
 from shared.manifest import MANIFEST_NAME, Event, Manifest, Shard, write_manifest
 from shared.shard_reader import checked_bytes, tables_of
@@ -26,6 +26,8 @@ from shared.verification import verify
 
 OF_ONE_KIND = ("teacher", "vocab_size", "chat_template_sha256", "keep", "temperatures")
 """What datasets must share to be one; and the tokenizer."""
+
+DAMAGED = "damaged: its sha256 is not the manifest's"
 
 logger = logging.getLogger("logitferry")
 
@@ -132,9 +134,7 @@ def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]
         tokenizer_files(dataset)
         dataset.tokenizer()
     except DamagedDataError as error:
-        raise DamagedDataError(
-            str(error), next_step=f"copy the tokenizer folder from where the dataset came from; {folder} is unchanged"
-        ) from None
+        raise DamagedDataError(str(error.args[0]), next_step=f"{COPY_TOKENIZER}; {folder} is unchanged") from None
     found = verify(dataset, deep=True, on_shard=on_shard)
     if not found.faults:
         return []
@@ -205,10 +205,10 @@ def tokenizer_files(dataset: LogitDataset) -> dict[str, bytes]:
         if path == CARD_NAME:
             continue
         file = dataset.folder / path
-        is_inside = file.resolve().is_relative_to(dataset.folder.resolve())
-        data = file.read_bytes() if is_inside and file.is_file() else b""
+        fault = why_no_file(dataset.folder, file)
+        data = b"" if fault else file.read_bytes()
         if sha256_of_bytes(data) != digest:
-            raise DamagedDataError(f"{file}: is missing or damaged: its sha256 is not the manifest's")
+            raise DamagedDataError(f"{file}: {fault or DAMAGED}")
         found[path] = data
     return found
 

@@ -4,6 +4,7 @@ Nothing is nullable, so a reader never has to ask what a missing value would mea
 indexing and arithmetic will rely on: counts, ranges, order and finiteness.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ from shared.errors import DamagedShardError, MisalignedRowError
 from shared.rows import LogitRow, Positions
 
 LOGP_TOLERANCE = 1e-4  # a log-probability may exceed 0 by fp32 rounding
+LOGP_RANGE = (float(np.finfo(np.float32).min), LOGP_TOLERANCE)
+ROUNDING_TOLERANCE = 0.25  # and a tail or entropy its maximum by the coarsest step that they are stored in
+MAX_STRING_LENGTH = 1 << 16
+"""Characters of a sample id or source."""
 TEXT_COLUMNS = ("sample_id", "source", "input_ids", "label_mask", "storage_loss")
 """What the teacher did not say."""
 
@@ -125,7 +130,7 @@ def table_to_rows(table: pa.Table, row_format: RowFormat, where: str) -> list[Lo
     input_ids, label_mask = values_of(column["input_ids"]), values_of(column["label_mask"])
     _check_values(teacher, input_ids, row_format.vocab_size, where)
     rows: list[LogitRow] = []
-    sample_ids, sources = column["sample_id"].to_pylist(), column["source"].to_pylist()
+    sample_ids, sources = (_strings(column[name], name, where) for name in ("sample_id", "source"))
     for index, positions in enumerate(teacher.split(np.diff(position_offsets).tolist())):
         tokens = slice(token_offsets[index], token_offsets[index + 1])
         if not positions.num_positions:
@@ -153,33 +158,52 @@ def row_losses(table: pa.Table, row_format: RowFormat, where: str) -> Any:
     return values.reshape(table.num_rows, num_temperatures)
 
 
+def _strings(column: Any, name: str, where: str) -> list[str]:
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DamagedShardError(f"{where}: column {name} holds {error.object[:40]!r}, which is not UTF-8") from None
+    longest = max(map(len, values), default=0)
+    if longest > MAX_STRING_LENGTH:
+        raise DamagedShardError(
+            f"{where}: column {name} holds {longest} characters, at most {MAX_STRING_LENGTH} may be"
+        )
+    return values
+
+
 def _check_values(teacher: Positions, input_ids: Any, vocab_size: int, where: str) -> None:
     ids, counts_P = teacher.kept_ids_E, teacher.kept_counts_P
     first_E = np.zeros(len(ids), dtype=bool)
     first_E[(np.cumsum(counts_P, dtype=np.int64) - counts_P)[counts_P > 0]] = True
+    most = math.log(vocab_size) + ROUNDING_TOLERANCE
+    in_vocabulary, in_entropy, in_tail = (0, vocab_size - 1), (-LOGP_TOLERANCE, most), (-np.inf, most)
     rules = {
-        f"input_ids lie in [0, {vocab_size})": _in_range(input_ids, vocab_size),
-        f"kept_ids lie in [0, {vocab_size})": _in_range(ids, vocab_size),
-        "kept_ids ascend within a position": bool(np.all(first_E[1:] | (ids[1:] > ids[:-1]))),
-        "every position keeps an id": bool(np.all(counts_P > 0)),
-        "kept_logprobs are finite and at most 0": _is_logprob(teacher.kept_logp_E),
-        "realised_logprob is finite and at most 0": _is_logprob(teacher.realised_logp_P),
-        "entropy is finite and at least 0": bool(
-            np.all(np.isfinite(teacher.entropy_P)) and np.all(teacher.entropy_P >= -LOGP_TOLERANCE)
-        ),
-        "tail_logsum is a number or -inf": bool(np.all(teacher.tail_logsum_PT < np.inf)),
+        f"input_ids lie in [0, {vocab_size})": _first_outside(input_ids, *in_vocabulary),
+        f"kept_ids lie in [0, {vocab_size})": _first_outside(ids, *in_vocabulary),
+        "kept_ids ascend within a position": _first_false(first_E[1:] | (ids[1:] > ids[:-1]), ids[1:]),
+        "every position keeps an id": _first_false(counts_P > 0, counts_P),
+        "kept_logprobs are finite and at most 0": _first_outside(teacher.kept_logp_E, *LOGP_RANGE),
+        "realised_logprob is finite and at most 0": _first_outside(teacher.realised_logp_P, *LOGP_RANGE),
+        f"entropy is finite and at least 0, at most log {vocab_size}": _first_outside(teacher.entropy_P, *in_entropy),
+        f"tail_logsum is a number or -inf, at most log {vocab_size}": _first_outside(teacher.tail_logsum_PT, *in_tail),
     }
-    broken = [rule for rule, holds in rules.items() if not holds]
+    broken = [f"{rule}, got {first}" for rule, first in rules.items() if first]
     if broken:
         raise DamagedShardError(f"{where}: does not hold: {'; '.join(broken)}")
 
 
-def _in_range(ids: Any, vocab_size: int) -> bool:
-    return len(ids) == 0 or bool(ids.min() >= 0 and ids.max() < vocab_size)
+def _first_outside(values: Any, low: float, high: float) -> str | None:
+    """The first value that does not lie in [low, high], where there is one; NaN does not."""
+    if not values.size or (values.min() >= low and values.max() <= high):
+        return None
+    return _first_false((values >= low) & (values <= high), values)
 
 
-def _is_logprob(values: Any) -> bool:
-    return len(values) == 0 or bool(values.min() > -np.inf and values.max() <= LOGP_TOLERANCE)  # NaN passes neither
+def _first_false(holds: Any, values: Any) -> str | None:
+    if holds.all():
+        return None
+    at = int(np.argmin(holds.ravel()))
+    return f"{values.ravel()[at]} (value {at})"
 
 
 def _has_null(values: Any) -> bool:

@@ -1,8 +1,9 @@
 """The bytes of a shard back to rows, one row group at a time, verified.
 
 What is hashed are the very bytes that are then parsed.  Parquet's page checksums are checked as well: neither alone
-catches every flipped bit.  Before anything is decoded the footer must agree with the manifest on every count, so that
-a file that was made to be huge when opened is refused while it is small.
+catches every flipped bit.  Before anything is decoded all headers must agree with each other and with the manifest on
+every count, so that a file that was made to be huge when opened is refused while it is small; see
+`shared.parquet_headers`.
 
 Memory: the file as it lies on disk, and one row group decoded.
 """
@@ -10,23 +11,25 @@ Memory: the file as it lies on disk, and one row group decoded.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shared.errors import DamagedShardError
+from shared.files import why_no_file
 from shared.manifest import Shard
+from shared.parquet_headers import MAX_STRINGS_BYTES, Headers, read_headers
 from shared.rows import LogitRow
 from shared.schema import RowFormat, leaf, row_losses, table_to_rows, values_of, whole
 
 REPAIR = "copy what is damaged again from where the dataset came from, or logit-shards repair {}"
-MAX_ROW_GROUP_VALUES = 1 << 27
-"""Of one column, e.g. kept ids: half a GiB decoded."""
-MAX_STRING_BYTES = 1 << 16
-"""Of a sample id, on average over a row group."""
+NAMES = pa.schema([pa.field("sample_id", pa.string(), nullable=False), pa.field("source", pa.string(), nullable=False)])
+"""The columns that each shard begins with."""
 MAX_FOOTER_VALUES = 1 << 20
 """Elements of a list in the footer, e.g. row groups."""
 UNREADABLE = (OSError, ValueError, pa.ArrowException)  # ValueError: a string that is not UTF-8
@@ -40,13 +43,16 @@ def read_row_groups(folder: Path, shard: Shard, row_format: RowFormat) -> Iterat
     """
     where = str(folder / shard.path)
     sums: dict[str, Any] = {}
-    for table in read_tables(folder, shard, row_format):
-        rows = table_to_rows(table, row_format, where)
-        sums = _added(sums, shard_sums(table, rows, row_format, where))
-        yield rows
-    for name, value in sums.items():
-        if not np.allclose(value, getattr(shard, name), rtol=1e-6):
-            raise DamagedShardError(f"{where}: the manifest says {name} {getattr(shard, name)}, the file holds {value}")
+    with _next_step(folder):
+        for group, table in enumerate(read_tables(folder, shard, row_format)):
+            in_group = f"{where}: row group {group}"
+            rows = table_to_rows(table, row_format, in_group)
+            sums = _added(sums, shard_sums(table, rows, row_format, in_group))
+            yield rows
+        for name, value in sums.items():
+            said = getattr(shard, name)
+            if said != value if isinstance(value, int) else not np.allclose(value, said, rtol=1e-6):
+                raise DamagedShardError(f"{where}: the manifest says {name} {said}, the file holds {value}")
 
 
 def read_tables(folder: Path, shard: Shard, row_format: RowFormat) -> Iterator[pa.Table]:
@@ -71,20 +77,24 @@ def read_names(folder: Path, shard: Shard) -> pa.Table:
         DamagedShardError: the file is missing or the column cannot be read.
     """
     path = folder / shard.path
-    try:
-        with open_parquet(path, str(path)) as file:
-            if file.metadata.num_rows != shard.rows:
-                raise DamagedShardError(
-                    f"{path}: the manifest says {shard.rows} rows, the file holds {file.metadata.num_rows}",
-                    next_step=REPAIR.format(folder),
-                )
-            table = file.read(columns=["sample_id", "source"])
+    with _next_step(folder):
+        try:
+            _check_file(folder, shard)
+            with pa.OSFile(str(path)) as source:
+                headers = read_headers(source, NAMES, str(path), is_whole=False)
+                if headers.num_rows != shard.rows:
+                    raise DamagedShardError(
+                        f"{path}: the manifest says {shard.rows} rows, the file holds {headers.num_rows}"
+                    )
+                _check_strings(source, headers, str(path))
+                with open_parquet(source, str(path)) as file:
+                    table = file.read(columns=NAMES.names)
             table.validate(full=True)  # are they UTF-8?
-            return table
-    except DamagedShardError:
-        raise
-    except UNREADABLE as error:
-        raise DamagedShardError(f"{path}: cannot be read: {error}", next_step=REPAIR.format(folder)) from None
+        except DamagedShardError:
+            raise
+        except UNREADABLE as error:
+            raise DamagedShardError(f"{path}: cannot be read: {_first_line(error)}") from None
+    return table
 
 
 def tables_of(data: pa.Buffer, where: str) -> Iterator[pa.Table]:
@@ -98,7 +108,7 @@ def tables_of(data: pa.Buffer, where: str) -> Iterator[pa.Table]:
             yield table
 
 
-def open_parquet(source: Path | pa.Buffer, where: str) -> pq.ParquetFile:
+def open_parquet(source: pa.NativeFile | pa.Buffer, where: str, **options: Any) -> pq.ParquetFile:
     """Raises DamagedShardError where there is no footer that can be parsed."""
     try:
         return pq.ParquetFile(
@@ -106,6 +116,7 @@ def open_parquet(source: Path | pa.Buffer, where: str) -> pq.ParquetFile:
             page_checksum_verification=True,
             thrift_string_size_limit=1 << 20,
             thrift_container_size_limit=MAX_FOOTER_VALUES,
+            **options,
         )
     except UNREADABLE as error:
         raise DamagedShardError(f"{where}: not readable as Parquet: {_first_line(error)}") from None
@@ -114,14 +125,14 @@ def open_parquet(source: Path | pa.Buffer, where: str) -> pq.ParquetFile:
 def damaged_chunks(data: pa.Buffer, row_format: RowFormat) -> list[str]:
     """Which column chunks of a shard cannot be decoded, or decode to what no writer produces."""
     try:
-        with open_parquet(data, "") as file:
-            faults = []
-            for group in range(file.num_row_groups):
-                broken = [name for name in row_format.schema().names if not _decodes(file, group, name)]
-                faults += [f"row group {group}, column {name}" for name in broken]
-            return faults
-    except DamagedShardError:
-        return ["footer"]
+        headers = read_headers(pa.BufferReader(data), row_format.schema(), "headers")
+        _check_strings(data, headers, "values")
+        with open_parquet(data, "footer") as file:
+            groups = range(file.num_row_groups)
+            broken = [(n, name) for n in groups for name in row_format.schema().names if not _decodes(file, n, name)]
+    except DamagedShardError as error:
+        return [str(error)]
+    return [f"row group {group}, column {name}" for group, name in broken]
 
 
 def shard_sums(table: pa.Table, rows: Sequence[LogitRow], row_format: RowFormat, where: str) -> dict[str, Any]:
@@ -145,59 +156,50 @@ def _added(sums: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 def checked_bytes(folder: Path, shard: Shard, row_format: RowFormat) -> pa.Buffer:
     """The bytes of the file, whose digest and footer are the manifest's."""
-    data = _verified_bytes(folder, shard, row_format)
-    with open_parquet(data, where := str(folder / shard.path)) as file:
-        _check_footer(file, shard, row_format, where)
+    where = str(folder / shard.path)
+    with _next_step(folder):
+        data = _verified_bytes(folder, shard, row_format)
+        headers = read_headers(pa.BufferReader(data), expected := row_format.schema(), where)
+        _check_counts(headers, shard, row_format, where)
+        _check_strings(data, headers, where)
+        with open_parquet(data, where) as file:
+            if not file.schema_arrow.equals(expected):
+                raise DamagedShardError(f"{where}: expected the columns\n{expected}\nbut got\n{file.schema_arrow}")
     return data
 
 
 def _verified_bytes(folder: Path, shard: Shard, row_format: RowFormat) -> pa.Buffer:
-    path, step = folder / shard.path, REPAIR.format(folder)
+    path = folder / shard.path
+    _check_file(folder, shard)
     try:
-        is_inside = path.resolve().is_relative_to(folder.resolve())
-        size_bytes = path.stat().st_size
-        data = pa.py_buffer(path.read_bytes() if is_inside and size_bytes == shard.size_bytes else b"")
-    except FileNotFoundError:
-        raise DamagedShardError(f"{path}: is missing", next_step=step) from None
+        data = pa.py_buffer(path.read_bytes())
     except OSError as error:
-        raise DamagedShardError(f"{path}: cannot be read: {error.strerror}", next_step=step) from None
-    if not is_inside:
-        raise DamagedShardError(f"{path}: is a link that leads outside the dataset", next_step=step)
-    if size_bytes != shard.size_bytes:
-        raise DamagedShardError(f"{path}: damaged: expected {shard.size_bytes} bytes, got {size_bytes}", next_step=step)
+        raise DamagedShardError(f"{path}: cannot be read: {error.strerror}") from None
     got = hashlib.sha256(memoryview(data)).hexdigest()
     if got != shard.sha256:
         chunks = damaged_chunks(data, row_format) or ["no page: between the pages, or in the footer"]
         raise DamagedShardError(
-            f"{path}: damaged: expected sha256 {shard.sha256[:16]}…, got {got[:16]}…; {'; '.join(chunks)}",
-            next_step=step,
+            f"{path}: damaged: expected sha256 {shard.sha256[:16]}…, got {got[:16]}…; {'; '.join(chunks)}"
         )
     return data
 
 
-def _check_footer(file: pq.ParquetFile, shard: Shard, row_format: RowFormat, where: str) -> None:
-    """Raises DamagedShardError unless the counts are the manifest's and no column is larger than these allow."""
-    if not file.schema_arrow.equals(expected := row_format.schema()):
-        raise DamagedShardError(f"{where}: expected the columns\n{expected}\nbut got\n{file.schema_arrow}")
-    metadata = file.metadata
-    counted: Counter[str] = Counter(rows=metadata.num_rows)
-    for group in range(metadata.num_row_groups):
-        for index in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(index)
-            bytes_per_value = MAX_STRING_BYTES if chunk.physical_type == "BYTE_ARRAY" else 16
-            if chunk.num_values > MAX_ROW_GROUP_VALUES:
-                raise DamagedShardError(
-                    f"{where}: row group {group}, column {chunk.path_in_schema}: {chunk.num_values} values, "
-                    f"at most {MAX_ROW_GROUP_VALUES} are allowed"
-                )
-            if chunk.total_uncompressed_size > bytes_per_value * chunk.num_values + (1 << 20):
-                raise DamagedShardError(
-                    f"{where}: row group {group}, column {chunk.path_in_schema}: {chunk.num_values} values "
-                    f"would take {chunk.total_uncompressed_size} bytes decompressed"
-                )
-            counted[chunk.path_in_schema] += chunk.num_values
+def _check_file(folder: Path, shard: Shard) -> None:
+    """Raises DamagedShardError unless it is a file of that size inside the dataset; opens nothing that may block."""
+    path = folder / shard.path
+    if fault := why_no_file(folder, path):
+        raise DamagedShardError(f"{path}: {fault}")
+    if (size_bytes := path.stat().st_size) != shard.size_bytes:
+        raise DamagedShardError(f"{path}: damaged: expected {shard.size_bytes} bytes, got {size_bytes}")
+
+
+def _check_counts(headers: Headers, shard: Shard, row_format: RowFormat, where: str) -> None:
+    """Raises DamagedShardError unless the counts are the manifest's."""
+    counted: Counter[str] = Counter(rows=headers.num_rows)
+    for chunk in headers.chunks:
+        counted[chunk.path] += chunk.num_values
     of_tokens, of_kept = ("input_ids", "label_mask"), ("kept_ids", "kept_logprobs")
-    wanted = dict.fromkeys(["rows", "sample_id", "source"], shard.rows) | {
+    wanted = dict.fromkeys(["rows", *NAMES.names], shard.rows) | {
         **{leaf(name): shard.tokens for name in of_tokens},
         **{leaf(name): shard.kept for name in of_kept},
         **{leaf(name): shard.positions for name in row_format.position_columns},
@@ -206,6 +208,34 @@ def _check_footer(file: pq.ParquetFile, shard: Shard, row_format: RowFormat, whe
     for name, count in wanted.items():
         if counted[name] != count:
             raise DamagedShardError(f"{where}: the manifest has {count} values of {name}, the file {counted[name]}")
+
+
+def _check_strings(source: pa.NativeFile | pa.Buffer, headers: Headers, where: str) -> None:
+    """Raises DamagedShardError where a dictionary of few strings stands for more than would fit into memory."""
+    for name in headers.repetitive_columns():
+        size_bytes = 0
+        with open_parquet(source, where, read_dictionary=[name]) as file:
+            for group in range(file.num_row_groups):
+                try:
+                    for part in file.read_row_group(group, columns=[name])[name].chunks:
+                        lengths: Any = pc.call_function("binary_length", [part.dictionary]).to_numpy()
+                        size_bytes += int(lengths[part.indices.to_numpy()].sum(dtype=np.int64))
+                except UNREADABLE as error:
+                    raise DamagedShardError(f"{where}: row group {group}: {_first_line(error)}") from None
+        if size_bytes > MAX_STRINGS_BYTES:
+            raise DamagedShardError(
+                f"{where}: column {name}: strings of {size_bytes} bytes, at most {MAX_STRINGS_BYTES} are allowed"
+            )
+
+
+@contextmanager
+def _next_step(folder: Path) -> Iterator[None]:
+    """What to do about damage, whoever finds it."""
+    try:
+        yield
+    except DamagedShardError as error:
+        error.next_step = error.next_step or REPAIR.format(folder)
+        raise
 
 
 def _decodes(file: pq.ParquetFile, group: int, name: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.dataset import LogitDataset
 from shared.errors import LogitferryError
-from shared.files import sha256_of_file
+from shared.files import sha256_of_file, why_no_file
 from shared.manifest import MANIFEST_NAME, Manifest
 from shared.rows import LogitRow
 from shared.shard_reader import check_shard
@@ -64,10 +64,8 @@ def _faults_of_other_files(dataset: LogitDataset) -> list[str]:
     faults: list[str] = []
     for path, digest in dataset.manifest.files.items():
         file = dataset.folder / path
-        if not file.resolve().is_relative_to(dataset.folder.resolve()):
-            faults.append(f"{path}: leads outside the dataset")
-        elif not file.is_file():
-            faults.append(f"{file}: is missing")
+        if fault := why_no_file(dataset.folder, file):
+            faults.append(f"{file}: {fault}")
         elif sha256_of_file(file) != digest:
             faults.append(f"{file}: damaged: its sha256 is not the manifest's")
     try:

@@ -120,7 +120,7 @@ def test_a_shard_that_is_a_link_out_of_the_dataset_is_refused(copy: Path, tmp_pa
     shard = copy / "data/part-00000.parquet"
     shard.rename(tmp_path / "elsewhere.parquet")
     shard.symlink_to(tmp_path / "elsewhere.parquet")
-    assert "a link that leads outside the dataset" in faults(copy)
+    assert "leads outside the dataset" in faults(copy)
 
 
 def test_verify_sees_a_sample_that_comes_twice(copy: Path):

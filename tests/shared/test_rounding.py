@@ -109,9 +109,11 @@ def test_any_teacher_is_rounded_within_its_setting(seed: int, num_rows: int, exp
     exact = Positions.concatenate([row.teacher for row in random_rows(seed, num_rows, 2)])
     stored, loss_PT = round_positions(exact, [1.0, 2.0], max_kl=10**exponent)
     assert loss_PT[:, 0].mean() <= 10**exponent
+    expected = kl_by_definition(exact, stored, 1.0, 0)
+    largest = float(np.abs(exact.kept_logp_E - stored.kept_logp_E).max())
     np.testing.assert_allclose(
-        loss_PT[:, 0], kl_by_definition(exact, stored, 1.0, 0), rtol=1e-2, atol=1e-9 + 3e-6 * 10 ** (exponent / 2)
-    )
+        loss_PT[:, 0], expected, rtol=1e-2, atol=1e-9 + 2e-6 * largest
+    )  # fp32 has so many digits
     np.testing.assert_array_equal(np.isneginf(exact.tail_logsum_PT), np.isneginf(stored.tail_logsum_PT))
 
 
