@@ -236,7 +236,7 @@ def _seal(output: Path, origin: LogitDataset, **changes: object) -> LogitDataset
 def _set_aside(dataset: LogitDataset) -> None:
     folder, manifest = dataset.folder, dataset.manifest
     known = {shard.path for shard in manifest.shards} | {MANIFEST_NAME, *manifest.files}
-    aside = folder.with_name(f"{folder.resolve().name}.set-aside")
+    aside = folder.resolve().with_name(f"{folder.resolve().name}.set-aside")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if name.as_posix() in known or (path.is_dir() and not path.is_symlink()):

@@ -88,6 +88,8 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
             if not sealed.manifest.missing:
                 shutil.rmtree(output / WORK_FOLDER)
                 return sealed
+            _require_same_units(output, sealed.manifest, plan)
+            commit_plan(plan, output / WORK_FOLDER)  # first: what is unsealed must have a plan to be checked against
             _unseal(output, sealed.manifest, plan)
         commit_plan(plan, output / WORK_FOLDER)
         untouched_logp = rule.sampled_logp if isinstance(rule, Threshold) else None
@@ -190,12 +192,8 @@ def _read_unit_record(output: Path, unit: int) -> UnitRecord | None:
     return record if intact else None
 
 
-def _unseal(output: Path, manifest: Manifest, plan: Plan) -> None:
-    """Make a repaired dataset the unfinished dump that it is, so that its missing units are done again.
-
-    Raises:
-        MismatchError: its shards are not the units of this plan.
-    """
+def _require_same_units(output: Path, manifest: Manifest, plan: Plan) -> None:
+    """Raises MismatchError where the shards of a dataset are not the units of this plan."""
     if manifest.unit_records != plan.unit_records:
         then = manifest.unit_records
         raise MismatchError(
@@ -203,11 +201,16 @@ def _unseal(output: Path, manifest: Manifest, plan: Plan) -> None:
             + (f"its units had {then} records, not {plan.unit_records}" if then else "it was merged or filtered since"),
             next_step=f"set unit_records: {then}" if then else "dump into another `output`, then merge or filter again",
         )
+
+
+def _unseal(output: Path, manifest: Manifest, plan: Plan) -> None:
+    """Make a repaired dataset the unfinished dump that it is, so that its missing units are done again."""
     present = {shard.path: shard for shard in manifest.shards}
     for unit in range(plan.num_units):
         if (path := shard_path(unit)) not in manifest.missing:
             _write_unit_record(output, unit, present.get(path))
     (output / MANIFEST_NAME).replace(output / WORK_FOLDER / MANIFEST_NAME)
+    sync_folder(output / WORK_FOLDER)
     sync_folder(output)
 
 

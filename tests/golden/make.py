@@ -254,6 +254,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
         of_rows(lambda rows: rows[0]["storage_loss"].__setitem__(0, -1.0)),
         READ, DAMAGED, "storage_loss is not one number",
     ),
+    "uneven-rows": (
+        of_rows(lambda rows: rows[0]["label_mask"].append(rows[1]["label_mask"].pop())),
+        READ, MISALIGNED, "column label_mask does not run beside the others",
+    ),
     "uneven-positions": (of_rows(uneven), READ, MISALIGNED, "kept_logprobs does not run beside kept_ids"),
     "supervised-first-token": (
         of_rows(lambda rows: rows[0].update(label_mask=[*rows[0]["label_mask"][1:], False])),

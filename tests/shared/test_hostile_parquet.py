@@ -36,7 +36,7 @@ from tests.shared.forged_parquet import (
     with_pages,
 )
 from tests.shared.made_datasets import edit_manifest, made_rows, reseal, rewrite_shard, write_dataset
-from tests.shared.small_process import FINE, outcome
+from tests.shared.small_process import FINE, outcome, outcomes
 
 HUGE = (1 << 31) - 1
 MANY = 1 << 29
@@ -52,23 +52,23 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def outcomes(folder: Path) -> list[str]:
-    """By every way to read a shard."""
+def both_ways(folder: Path) -> list[str]:
+    """All of a shard, and its names."""
     dataset = LogitDataset.open(folder)
-    return [outcome(lambda: dataset.read_shard(0)), outcome(dataset.sample_ids)]
+    return outcomes(lambda: dataset.read_shard(0), dataset.sample_ids)
 
 
 def refused(folder: Path, *words: str) -> None:
-    told = outcome(lambda: LogitDataset.open(folder).read_shard(0))
+    told = both_ways(folder)[0]
     assert told.startswith("DamagedShardError: "), told
     for word in ("part-00000.parquet", "next: ", *words):
         assert word in told
 
 
 def test_the_untouched_dataset_is_read(copy: Path):
-    assert outcomes(copy) == [FINE] * 2
+    assert both_ways(copy) == [FINE] * 2
     rewrite_shard(copy, with_footer(lambda footer: None))
-    assert outcomes(copy) == [FINE] * 2
+    assert both_ways(copy) == [FINE] * 2
 
 
 def one_row(num_values: int) -> bytes:
@@ -130,7 +130,7 @@ def test_a_row_group_of_millions_of_rows_is_refused(copy: Path):
 
 def test_a_file_of_countless_pages_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(parquet_headers, "MAX_PAGES", 100)
-    assert outcomes(copy) == [FINE, FINE]
+    assert both_ways(copy) == [FINE, FINE]
     rewrite_shard(copy, with_pages("input_ids", [page(b"", 0, 0)] * 100, 0, 100))
     refused(copy, "more than 100 pages in one file")
 
@@ -141,17 +141,17 @@ def test_other_kinds_of_pages_are_refused(kind: int, copy: Path):
     about = struct(i1=(I32, 3), i2=(I32, 0), i3=(I32, 3), i4=(I32, 0), i5=(I32, 0), i6=(I32, 0))
     pages = [page(b"", 3, 0, i1=(I32, kind), i8=(STRUCT, about))]
     rewrite_shard(copy, with_pages("sample_id", pages, 3, 100))
-    assert all(f"page 1 is of kind {kind}" in told for told in outcomes(copy))
+    assert all(f"page 1 is of kind {kind}" in told for told in both_ways(copy))
 
 
 def test_more_names_than_rows_are_refused(copy: Path):
     rewrite_shard(copy, strings(b"a", b"b", b"c", b"d"))
-    assert all("column sample_id: 4 values in 3 rows" in told for told in outcomes(copy))
+    assert all("column sample_id: 4 values in 3 rows" in told for told in both_ways(copy))
 
 
 def test_a_footer_of_countless_values_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(thrift, "MAX_VALUES", 2000)
-    assert outcomes(copy) == [FINE, FINE]
+    assert both_ways(copy) == [FINE, FINE]
     rewrite_shard(copy, lambda data: assembled(b"PAR1", b"\x19\xfc" + varint(5000) + bytes(5000)))
     refused(copy, "more than 2000 values")
 
@@ -219,7 +219,7 @@ def test_many_rows_of_few_names_are_read(tmp_path: Path):
     for row, name in zip(rows * 2, names * 2, strict=False):
         object.__setattr__(row, "source", name)
     folder = write_dataset(tmp_path / "set", [rows])
-    assert outcomes(folder) == [FINE] * 2
+    assert both_ways(folder) == [FINE] * 2
 
 
 def strings(*values: bytes) -> Callable[[bytes], bytes]:
@@ -230,7 +230,7 @@ def strings(*values: bytes) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize("name", [b"\xff", b"\xc3", b"\xed\xa0\x80", b"a" * 1_000_000])
 def test_sample_ids_that_are_no_text_or_a_book_are_refused(name: bytes, copy: Path):
     rewrite_shard(copy, strings(b"a", name, b"c"))
-    rows, names = outcomes(copy)
+    rows, names = both_ways(copy)
     assert rows.startswith("DamagedShardError: ")
     assert "column sample_id holds" in rows
     assert names.startswith("DamagedShardError: ") == (len(name) < 9)
@@ -239,14 +239,14 @@ def test_sample_ids_that_are_no_text_or_a_book_are_refused(name: bytes, copy: Pa
 @pytest.mark.parametrize("name", [b"", b"a\nb", b"\x1b[31m", b"\0", "\u202e".encode()])
 def test_other_sample_ids_are_what_they_are(name: bytes, copy: Path):
     rewrite_shard(copy, strings(b"a", name, b"c"))
-    assert outcomes(copy) == [FINE, FINE]
+    assert both_ways(copy) == [FINE, FINE]
     assert [row.sample_id for row in LogitDataset.open(copy).read_shard(0)] == ["a", name.decode(), "c"]
 
 
 def test_strings_of_other_lengths_than_their_page_are_refused(copy: Path):
     payload = (1 << 30).to_bytes(4, "little") + b"abc"
     rewrite_shard(copy, with_pages("sample_id", [page(payload * 3, 3, 0)], 3, 200))
-    assert all(told.startswith("DamagedShardError: ") for told in outcomes(copy))
+    assert all(told.startswith("DamagedShardError: ") for told in both_ways(copy))
 
 
 def test_a_count_that_is_off_by_one_in_a_million_is_refused(tmp_path: Path):
@@ -322,7 +322,7 @@ def deep_schema(footer: Struct) -> None:
 
 def test_a_schema_of_ten_thousand_levels_is_refused(copy: Path):
     rewrite_shard(copy, with_footer(deep_schema))
-    assert all(told.startswith("DamagedShardError: ") for told in outcomes(copy))
+    assert all(told.startswith("DamagedShardError: ") for told in both_ways(copy))
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_names_of_columns_that_come_again_are_refused(name: str, copy: Path):
     path = copy / "data/part-00000.parquet"
     pq.write_table(table.append_column(name, table["entropy"]), path, write_page_checksum=True, store_schema=False)
     reseal(copy)
-    assert all("expected the columns" in told for told in outcomes(copy))
+    assert all("expected the columns" in told for told in both_ways(copy))
 
 
 def test_pages_without_checksums_are_refused(copy: Path):
@@ -421,7 +421,7 @@ def test_other_writers_are_welcome(copy: Path):
         options = {"store_schema": False, "write_page_checksum": True} | options
         pq.write_table(table, copy / "data/part-00000.parquet", **options)
         reseal(copy)
-        assert outcomes(copy) == [FINE] * 2
+        assert both_ways(copy) == [FINE] * 2
 
 
 def test_numbers_of_ten_rows_come_in_the_message(copy: Path):
