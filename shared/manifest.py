@@ -28,7 +28,8 @@ MAX_SHARD_ROWS = 1 << 24
 MAX_TEMPERATURES = 64
 SHARD_PATH = r"^data/part-[0-9]{5,9}\.parquet$"
 SHA256 = r"^[0-9a-f]{64}$"
-FILE_PATH = r"^[^/\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,254}$"
+FILE_PATH = r"^([^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*/)*[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$"
+"""No part of it begins with a dot, so that none leads out of the folder."""
 COPY_AGAIN = "copy manifest.json again from where the dataset came from"
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 100.0  # with at most three decimals, so that each names a column
 
@@ -137,7 +138,7 @@ class Manifest(Settings):
     missing: list[Annotated[str, Field(pattern=SHARD_PATH)]]
     """Shards that were damaged and taken out; running the dump again makes them again."""
     history: list[Event]
-    files: dict[Annotated[str, Field(pattern=FILE_PATH)], Annotated[str, Field(pattern=SHA256)]]
+    files: dict[Annotated[str, Field(pattern=FILE_PATH, max_length=255)], Annotated[str, Field(pattern=SHA256)]]
     """sha256 of every other file of the dataset (card, tokenizer), by its path."""
 
     @field_validator("keep")

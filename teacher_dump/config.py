@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shared.config import Settings
-from shared.manifest import is_temperature
+from shared.manifest import MAX_TEMPERATURES, is_temperature
 from shared.models_config import ModelSettings
 from shared.shard_writer import ZSTD_LEVEL
 from shared.text_config import TextSettings
@@ -64,7 +64,7 @@ class DumpSettings(Settings):
     output: str
     """Folder of the dataset."""
     keep: KeepSettings = KeepSettings()
-    temperatures: list[float] = [1.0]
+    temperatures: list[float] = Field(default=[1.0], max_length=MAX_TEMPERATURES)
     """For each the exact tail is stored; a student can train at no other.  1 is always among them."""
     unit_records: int = Field(default=512, ge=1)
     """Records that are dumped and committed at once; one unit is one shard."""

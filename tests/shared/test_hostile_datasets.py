@@ -150,13 +150,26 @@ def test_a_shard_path_that_leads_anywhere_else_is_refused(path: Any, copy: Path)
     _matches(r"DamagedManifestError: .*manifest\.json: shards\.0\.path: ", opened(copy))
 
 
-@pytest.mark.parametrize("path", ["a\0b", "a\nb", "\x1b[31m", "", "/etc/passwd", "x" * 300])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a\0b",
+        "a\nb",
+        "\x1b[31m",
+        "",
+        "/etc/passwd",
+        "x" * 300,
+        "../elsewhere",
+        "tokenizer/../../elsewhere",
+        "a\\..\\b",
+    ],
+)
 def test_other_files_of_impossible_names_are_refused(path: str, copy: Path):
     edit_manifest(copy, lambda m: m["files"].update({path: "0" * 64}))
     _matches(r"(?s)DamagedManifestError: .*manifest\.json: files\.", opened(copy))
 
 
-@pytest.mark.parametrize("path", ["../elsewhere", "tokenizer/../../elsewhere", "data", "tokenizer/nowhere"])
+@pytest.mark.parametrize("path", ["data", "tokenizer/nowhere"])
 def test_other_files_that_lie_elsewhere_are_faults(path: str, copy: Path):
     edit_manifest(copy, lambda m: m["files"].update({path: "0" * 64}))
     faults = "\n".join(verify(LogitDataset.open(copy), deep=False).faults)
