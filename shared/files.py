@@ -23,9 +23,10 @@ def claim_folder(folder: Path, ours: Sequence[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
+            what = f"is not empty and holds none of {', '.join(ours)}" if ours else "is not empty"
             raise ConfigError(
-                f"output {folder} is not empty and holds none of {', '.join(ours)}: it is not ours to write to",
-                next_step="give another `output`",
+                f"output {folder} {what}: it is not ours to write to",
+                next_step="give another `output`, or empty this one",
             )
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -172,6 +172,8 @@ class Manifest(Settings):
         paths = [shard.path for shard in self.shards] + self.missing
         if len(set(paths)) < len(paths):
             raise ValueError("a shard is named twice")
+        if any(path.startswith("data/") or path == MANIFEST_NAME for path in self.files):
+            raise ValueError("files names a shard or the manifest")
         if self.keep["method"] == "threshold" and self.temperatures != [1.0]:
             raise ValueError("sampled weights are of temperature 1 alone")
         return self

@@ -22,7 +22,7 @@ from shared.fingerprint import require_same_tokenizer
 from shared.manifest import MANIFEST_NAME, Event, Manifest, Shard, write_manifest
 from shared.shard_reader import checked_bytes, tables_of
 from shared.shard_writer import Storage, write_table
-from shared.verification import verify
+from shared.verification import strange_files, verify
 
 OF_ONE_KIND = ("teacher", "vocab_size", "chat_template_sha256", "keep", "temperatures")
 """What datasets must share to be one; and the tokenizer."""
@@ -83,16 +83,17 @@ def filter_rows(
     """
     _require_complete(dataset, "filter")
     manifest = dataset.manifest
+    sample_ids = set(sample_ids)
     known_sources: set[str] = set()
     found_ids: set[str] = set()
     for table in map(dataset.names, range(len(manifest.shards))):
         known_sources |= set(table["source"].to_pylist())
-        found_ids |= set(table["sample_id"].to_pylist()) & set(sample_ids)
+        found_ids |= set(table["sample_id"].to_pylist()) & sample_ids
     _require_known(sources, known_sources)
     if sample_ids and not found_ids:
         raise ConfigError(f"{dataset.folder}: has none of the {len(sample_ids)} sample ids")
-    if len(found_ids) < len(set(sample_ids)):
-        logger.warning("%d of %d sample ids are not in the dataset", len(set(sample_ids) - found_ids), len(sample_ids))
+    if len(found_ids) < len(sample_ids):
+        logger.warning("%d of %d sample ids are not in the dataset", len(sample_ids - found_ids), len(sample_ids))
     claim_folder(output, [])
     shards: list[Shard] = []
     storage = Storage(max_kl=manifest.keep.get("max_kl", 0.0))
@@ -124,10 +125,10 @@ def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]
     """Take damaged and missing shards out of a dataset, in place, and name them in the manifest as missing, so that
     running the dump again makes them; write the card anew.  Returns their paths.
 
-    What no longer belongs to the dataset is moved to a folder beside it.
+    What no longer belongs to the dataset is moved to a folder beside it, with the manifest as it was.
 
     Raises:
-        DamagedDataError: the tokenizer is damaged; it cannot be made from the rest.
+        DamagedDataError: the tokenizer is damaged and cannot be made from the rest, or not one shard is whole.
     """
     manifest, folder = dataset.manifest, dataset.folder
     try:
@@ -139,6 +140,11 @@ def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]
     if not found.faults:
         return []
     damaged = found.damaged_shards
+    if len(damaged) == len(manifest.shards):
+        raise DamagedDataError(
+            f"{folder}: not one of its {len(damaged)} shards is whole, the first: {found.faults[0]}",
+            next_step="is all of it here, and may you read it?  Nothing was changed; else dump again",
+        )
     if damaged:
         event = Event(operation="repair", parents=[dataset.identity()], removed_shards=damaged)
         changes = {
@@ -147,11 +153,13 @@ def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]
             "history": [*manifest.history, event],
         }
         manifest = manifest.model_copy(update=changes)
+    aside = folder.resolve().with_name(f"{folder.resolve().name}.set-aside-{dataset.identity()[:8]}")
+    write_atomically(aside / MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes())
     card = dataset_card(manifest).encode()
     write_atomically(folder / CARD_NAME, card)
     manifest = manifest.model_copy(update={"files": manifest.files | {CARD_NAME: sha256_of_bytes(card)}})
     write_manifest(folder, manifest)
-    _set_aside(LogitDataset(folder=folder, manifest=manifest))
+    _set_aside(LogitDataset(folder=folder, manifest=manifest), aside)
     return damaged
 
 
@@ -164,9 +172,15 @@ def _require_one_kind(first: LogitDataset, other: LogitDataset) -> None:
         next_step="merge datasets of one tokenizer; its fingerprint is in `logit-shards info`",
     )
     one, two = (dataset.manifest.model_dump(mode="json") for dataset in (first, other))
+    for tree in (one, two):
+        if tree["teacher"]["weights_sha256"] or tree["teacher"]["revision"]:
+            del tree["teacher"]["name"]  # a path, maybe, which says less than a digest
     for name in OF_ONE_KIND:
         if one[name] != two[name]:
-            raise MismatchError(f"{other.folder} has {name} {two[name]}, but {first.folder} has {one[name]}")
+            raise MismatchError(
+                f"{other.folder} has {name} {two[name]}, but {first.folder} has {one[name]}",
+                next_step="merge datasets of one teacher and setting; others can be trained on one after the other",
+            )
 
 
 def _require_complete(dataset: LogitDataset, verb: str) -> None:
@@ -233,15 +247,9 @@ def _seal(output: Path, origin: LogitDataset, **changes: object) -> LogitDataset
     return LogitDataset.open(output)
 
 
-def _set_aside(dataset: LogitDataset) -> None:
-    folder, manifest = dataset.folder, dataset.manifest
-    known = {shard.path for shard in manifest.shards} | {MANIFEST_NAME, *manifest.files}
-    aside = folder.resolve().with_name(f"{folder.resolve().name}.set-aside")
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if name.as_posix() in known or (path.is_dir() and not path.is_symlink()):
-            continue
+def _set_aside(dataset: LogitDataset, aside: Path) -> None:
+    for name in strange_files(dataset):
         target = aside / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(path, target)
-        logger.info("%s: moved to %s", path, target)
+        shutil.move(dataset.folder / name, target)
+        logger.info("%s: moved to %s", name, target)

@@ -31,7 +31,9 @@ LOWEST = -110.0
 STEP_AT_1E_4 = 0.0155
 """What most teachers need for a KL of 1e-4 nats."""
 COARSEST_STEP = 1.0
-SAFETY = 0.97
+SAFETY, COARSER = 0.97, 0.8
+WORST = 10
+"""Times the mean that a single position may lose: where most are certain, the mean alone would let others go."""
 SAMPLE_POSITIONS = 2048
 CHUNK_ENTRIES = 1 << 15
 """Entries worked on at once, so that they stay in the processor's cache."""
@@ -86,15 +88,20 @@ def round_positions(
     step = STEP_AT_1E_4 * (max_kl / 1e-4) ** 0.5
     even_step = 2.0 ** min(math.floor(math.log2(1.6 * max_kl**0.5)), -3)
     for _ in range(3):
-        loss = storage_loss(sample, _on_grid(sample, Grid(step), even_step, untouched_logp), [1.0]).mean()
-        step = _next_step(step, float(loss), max_kl)
+        loss_PT, _ = _losses(sample, _on_grid(sample, Grid(step), even_step, untouched_logp), [1.0])
+        step = _next_step(step, float(loss_PT.mean()), max_kl)
     while True:
         rounded = _on_grid(exact, Grid(step), even_step, untouched_logp)
-        loss_PT = storage_loss(exact, rounded, temperatures)
-        loss = float(loss_PT[:, 0].mean())
-        if loss <= max_kl:
+        loss_PT, change_P = _losses(exact, rounded, temperatures)
+        mean, worst = float(loss_PT[:, 0].mean()), float(loss_PT[:, 0].max())
+        if mean <= max_kl and worst <= WORST * max_kl and np.abs(change_P).max() <= 0.9 * mass_tolerance(max_kl):
             return rounded, loss_PT
-        step = min(_next_step(step, loss, max_kl), step * SAFETY)
+        step = min(_next_step(step, mean, max_kl), step * (SAFETY if mean > max_kl else COARSER))
+
+
+def mass_tolerance(max_kl: float) -> float:
+    """By how much rounding may move what the stored probabilities of a position add up to."""
+    return 1e-3 + 20 * max_kl**0.5
 
 
 def storage_loss(exact: Positions, stored: Positions, temperatures: Sequence[float]) -> Float64:
@@ -102,28 +109,43 @@ def storage_loss(exact: Positions, stored: Positions, temperatures: Sequence[flo
 
     With tails KL(exact ‖ stored) over kept ids and tail, both normalised.  Without (weights w of sampled ids) the
     divergence that needs no normalisation, Σ w log(w/ŵ) − w + ŵ.  Both by their second-order remainder
-    e + expm1(−e) with e = log p − log p̂, whose terms are all positive: nothing cancels.
+    e + expm1(−e) with e = log p − log p̂: in fp32, to 1e-7 of the errors themselves.
     """
+    return _losses(exact, stored, temperatures)[0]
+
+
+def _losses(exact: Positions, stored: Positions, temperatures: Sequence[float]) -> tuple[Float64, Float64]:
+    """`storage_loss` [P, T], and by how much the sum of a position's probabilities (or weights) changed [P]."""
     loss_PT = np.empty((exact.num_positions, len(temperatures)))
+    change_P = np.empty(exact.num_positions)
     for chunk, entries in _chunks(exact):
         counts_P, x_E = exact.kept_counts_P[chunk], exact.kept_logp_E[entries]
         error_E = x_E - stored.kept_logp_E[entries]
         starts_P = np.cumsum(counts_P) - counts_P
         for j, temperature in enumerate(temperatures):
             scale = np.float32(1 / temperature)
-            p_E, e_E = np.exp(x_E * scale), error_E * scale
-            change_E = np.expm1(-e_E)
-            loss_P = _sums(p_E * (e_E + change_E), starts_P)
-            if exact.tail_logsum_PT.shape[1]:
-                tail_P = exact.tail_logsum_PT[chunk, j].astype(np.float64)
+            scaled_E, e_E = x_E * scale, error_E * scale
+            has_tails = exact.tail_logsum_PT.shape[1] > 0
+            tail_P = exact.tail_logsum_PT[chunk, j].astype(np.float64) if has_tails else np.full(len(counts_P), -np.inf)
+            if temperature < 1:  # p^(1/T) of even the most probable may be less than fp32 holds
+                top_P = np.maximum(np.maximum.reduceat(scaled_E, starts_P), tail_P)
+                scaled_E = scaled_E - np.repeat(top_P.astype(np.float32), counts_P)
+                tail_P = tail_P - top_P
+            p_E, moved_E = np.exp(scaled_E), np.expm1(-e_E)
+            loss_P, sum_P = _sums(p_E * (e_E + moved_E), starts_P), _sums(p_E * moved_E, starts_P)
+            if has_tails:
                 with np.errstate(invalid="ignore"):
-                    e_P = np.where(np.isneginf(tail_P), 0.0, tail_P - stored.tail_logsum_PT[chunk, j])
-                p_P, change_P = np.exp(tail_P), np.expm1(-e_P)
+                    e_P = exact.tail_logsum_PT[chunk, j].astype(np.float64) - stored.tail_logsum_PT[chunk, j]
+                e_P[np.isneginf(tail_P)] = 0.0
+                p_P, moved_P = np.exp(tail_P), np.expm1(-e_P)
                 total_P = _sums(p_E, starts_P) + p_P
-                shift_P = (_sums(p_E * change_E, starts_P) + p_P * change_P) / total_P
-                loss_P = (loss_P + p_P * (e_P + change_P)) / total_P + np.log1p(shift_P) - shift_P
+                sum_P += p_P * moved_P
+                shift_P = sum_P / total_P
+                loss_P = (loss_P + p_P * (e_P + moved_P)) / total_P + np.log1p(shift_P) - shift_P
             loss_PT[chunk, j] = np.maximum(loss_P, 0.0)
-    return loss_PT
+            if j == 0:
+                change_P[chunk] = sum_P
+    return loss_PT, change_P
 
 
 def _sums(values_E: Float32, starts_P: NDArray[np.int64]) -> Float64:

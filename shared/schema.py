@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shared.errors import DamagedShardError, MisalignedRowError
+from shared.errors import ConfigError, DamagedShardError, MisalignedRowError
 from shared.rows import LogitRow, Positions
 
 LOGP_TOLERANCE = 1e-4  # a log-probability may exceed 0 by fp32 rounding
 LOGP_RANGE = (float(np.finfo(np.float32).min), LOGP_TOLERANCE)
 ROUNDING_TOLERANCE = 0.25  # and a tail or entropy its maximum by the coarsest step that they are stored in
+MAX_VALUES = (1 << 31) - 1
 MAX_STRING_LENGTH = 1 << 16
 """Characters of a sample id or source."""
 TEXT_COLUMNS = ("sample_id", "source", "input_ids", "label_mask", "storage_loss")
@@ -219,8 +220,10 @@ def _list_of(element: pa.DataType) -> pa.DataType:
 
 
 def _nest(values: pa.Array, counts: Any) -> pa.ListArray:
-    offsets = np.zeros(len(counts) + 1, dtype=np.int32)
-    np.cumsum(counts, out=offsets[1:])
+    ends = np.cumsum(counts, dtype=np.int64)
+    if len(ends) and ends[-1] > MAX_VALUES:
+        raise ConfigError(f"{ends[-1]} values for one shard, at most {MAX_VALUES} fit", next_step="lower unit_records")
+    offsets = np.concatenate([[0], ends]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=_list_of(values.type))
 
 

@@ -13,6 +13,7 @@ from shared.dataset import LogitDataset
 from shared.errors import LogitferryError
 from shared.files import sha256_of_file, why_no_file
 from shared.manifest import MANIFEST_NAME, Manifest
+from shared.rounding import mass_tolerance
 from shared.rows import LogitRow
 from shared.shard_reader import check_shard
 
@@ -54,10 +55,16 @@ def verify(dataset: LogitDataset, *, deep: bool, on_shard: Callable[[], None] = 
             found.shards, found.rows = found.shards + 1, found.rows + shard.rows
             found.positions += shard.positions
         on_shard()
-    known = {shard.path for shard in manifest.shards} | {MANIFEST_NAME, *manifest.files}
-    present = {path.relative_to(dataset.folder).as_posix() for path in dataset.folder.rglob("*") if not path.is_dir()}
-    found.faults += [f"{path}: is not in the manifest" for path in sorted(present - known)]
+    found.faults += [f"{path}: is not in the manifest" for path in strange_files(dataset)]
     return found
+
+
+def strange_files(dataset: LogitDataset) -> list[str]:
+    """Paths of what the manifest does not name; but for what begins with a dot, such as .git, unless it is data."""
+    manifest = dataset.manifest
+    known = {shard.path for shard in manifest.shards} | {MANIFEST_NAME, *manifest.files}
+    files = (path.relative_to(dataset.folder) for path in dataset.folder.rglob("*") if not path.is_dir())
+    return sorted(path.as_posix() for path in files if path.as_posix() not in known and path.parts[0][0] != ".")
 
 
 def _faults_of_other_files(dataset: LogitDataset) -> list[str]:
@@ -98,7 +105,7 @@ def _row_faults(row: LogitRow, manifest: Manifest) -> list[str]:
     label_logp, realised_logp = teacher.kept_logp_E[is_label_E], teacher.realised_logp_P[is_kept_P]
     others_logp = teacher.realised_logp_P[~is_kept_P]
     mass_P = np.bincount(position_E, np.exp(teacher.kept_logp_E), row.num_positions)
-    tolerance = FP32_TOLERANCE + 20 * float(manifest.keep.get("max_kl", 0.0)) ** 0.5
+    tolerance = mass_tolerance(float(manifest.keep.get("max_kl", 0.0)))
     if manifest.row_format.has_tails:
         tail_P = teacher.tail_logsum_PT[:, 0]
         fits = np.array_equal(label_logp, realised_logp) and np.all(others_logp <= tail_P[~is_kept_P] + FP32_TOLERANCE)

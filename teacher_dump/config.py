@@ -45,6 +45,13 @@ class KeepSettings(Settings):
     max_kl: float = Field(default=1e-4, ge=0.0, le=0.01)
     """What rounding may lose, in nats of KL at T = 1, on average over a shard; 0 stores every bit."""
 
+    @field_validator("max_kl")
+    @classmethod
+    def _reachable(cls, max_kl: float) -> float:
+        if 0 < max_kl < 1e-9:
+            raise ValueError("below 1e-9 nothing is gained by rounding; 0 stores every bit")
+        return max_kl
+
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> "KeepSettings":
         for name, method in OF_METHOD.items():

@@ -18,7 +18,7 @@ from typing import Any
 
 from shared.card import dataset_card
 from shared.config import Settings
-from shared.dataset import CARD_NAME, DATA_FOLDER, TOKENIZER_FOLDER, LogitDataset, shard_path
+from shared.dataset import CARD_NAME, TOKENIZER_FOLDER, LogitDataset, shard_path
 from shared.errors import ConfigError, MismatchError
 from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_file, sync_folder, write_atomically
 from shared.fingerprint import sha256_of_text, tokenizer_fingerprint
@@ -216,7 +216,7 @@ def _unseal(output: Path, manifest: Manifest, plan: Plan) -> None:
 
 def _seal(output: Path, plan: Plan, shards: list[Shard], tokenizer: Any) -> LogitDataset:
     work = output / WORK_FOLDER
-    for leftover in (output / DATA_FOLDER).glob(f"{TEMPORARY_PREFIX}*"):  # of a run that was killed while it wrote
+    for leftover in output.rglob(f"{TEMPORARY_PREFIX}*"):  # of a run that was killed while it wrote
         leftover.unlink()
     tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
     for path in filter(Path.is_file, (work / TOKENIZER_FOLDER).rglob("*")):
@@ -226,5 +226,6 @@ def _seal(output: Path, plan: Plan, shards: list[Shard], tokenizer: Any) -> Logi
     files = {path.relative_to(output).as_posix(): sha256_of_file(path) for path in paths if path.is_file()}
     unsealed = read_manifest(work).history if (work / MANIFEST_NAME).is_file() else []
     write_manifest(output, plan.manifest(shards, files, unsealed))
+    sealed = LogitDataset.open(output)
     shutil.rmtree(work)
-    return LogitDataset.open(output)
+    return sealed

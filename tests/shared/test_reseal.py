@@ -197,12 +197,13 @@ def test_filter_refuses_what_cannot_be_meant(
 
 def test_repair_and_the_same_dump_again_give_the_dataset_that_was(copy: Path, teacher_folder: Path, texts: Path):
     before = LogitDataset.open(copy)
+    identity = before.identity()
     flip(copy / "data/part-00000.parquet")
     assert repair(before) == ["data/part-00000.parquet"]
     repaired = LogitDataset.open(copy)
     assert_whole(repaired)
     assert repaired.manifest.missing == ["data/part-00000.parquet"]
-    assert (copy.parent / "copy.set-aside/data/part-00000.parquet").is_file()
+    assert (copy.parent / f"copy.set-aside-{identity[:8]}/data/part-00000.parquet").is_file()
     assert_same_rows(rows_of(repaired), before.read_shard(1))
     again = run_dump(settings(teacher_folder, texts / "first.jsonl", copy))
     assert_whole(again)
@@ -242,6 +243,7 @@ def test_repair_of_a_whole_dataset_changes_nothing(copy: Path):
         lambda folder: (folder / "README.md").unlink(),
         lambda folder: (folder / "data/part-00009.parquet").write_bytes(b"stray"),
         lambda folder: (folder / "data/.writing-part").write_bytes(b"left by a crash"),
+        lambda folder: (folder / "notes.txt").write_bytes(b"somebody's"),
     ],
 )
 def test_repair_mends_what_is_not_a_shard(damage: Callable[[Path], Any], copy: Path):
@@ -291,3 +293,18 @@ def test_the_history_survives_the_manifest_on_disk(dumps: tuple[Path, Path], tmp
     tree = json.loads((filtered.folder / "manifest.json").read_text())
     assert tree["history"][0]["removed_sources"] == ["origin-1"]
     assert tree["unit_records"] is None
+
+
+def test_repair_refuses_where_nothing_is_whole_and_changes_nothing(copy: Path):
+    """More likely a folder that is not mounted than a hundred damaged files."""
+    shutil.move(copy / "data", copy.parent / "unmounted")
+    before = (copy / "manifest.json").read_bytes()
+    with pytest.raises(DamagedDataError, match=r"(?s)not one of its 2 shards is whole.*Nothing was changed"):
+        repair(LogitDataset.open(copy))
+    assert (copy / "manifest.json").read_bytes() == before
+
+
+def test_what_begins_with_a_dot_beside_the_data_is_nobodys_fault(copy: Path):
+    (copy / ".git").mkdir()
+    (copy / ".git/config").write_text("x")
+    assert_whole(LogitDataset.open(copy))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.rounding import LOWEST, Grid, round_positions, storage_loss
+from shared.rounding import LOWEST, Grid, mass_tolerance, round_positions, storage_loss
 from shared.rows import Positions
 from tests.shared.made_rows import random_rows
 
@@ -122,3 +122,38 @@ def test_storage_loss_is_nothing_where_nothing_changed_and_ignores_what_all_ids_
     assert not storage_loss(exact, exact, TEMPERATURES).any()
     shared = replace(exact, kept_logp_E=exact.kept_logp_E + 0.1, tail_logsum_PT=exact.tail_logsum_PT + np.float32(0.1))
     np.testing.assert_allclose(storage_loss(exact, shared, [1.0]), 0, atol=1e-6)
+
+
+def test_few_uncertain_positions_among_certain_ones_are_not_rounded_away():
+    """Where nearly every position is certain the mean would allow half a nat at those that are not."""
+    certain = teacher(4000, 8, 0, 30.0)
+    exact = Positions.concatenate([certain, teacher(20, 8, 1, 1.0)])
+    stored, loss_PT = round_positions(exact, [1.0], max_kl=1e-4)
+    assert loss_PT.max() <= 1e-3
+    mass_P = np.exp(stored.kept_logp_E.astype(float)).reshape(-1, 8).sum(1) + np.exp(stored.tail_logsum_PT[:, 0])
+    np.testing.assert_allclose(mass_P, 1, atol=mass_tolerance(1e-4))
+
+
+def test_a_cold_temperature_is_measured_where_its_powers_underflow():
+    """At T = 0.05 p^(1/T) of a flat teacher is below what fp32 holds, and so is what is left of an empty tail."""
+    exact = teacher(50, 40, 0, 0.2)
+    cold = np.log(np.exp(exact.kept_logp_E.reshape(50, 40).astype(float)[:, -1:] * 20)).astype(np.float32)
+    exact = replace(exact, tail_logsum_PT=np.concatenate([exact.tail_logsum_PT[:, :1], cold], axis=1))
+    for tail in (exact.tail_logsum_PT, np.full_like(exact.tail_logsum_PT, -np.inf)):
+        _, loss_PT = round_positions(replace(exact, tail_logsum_PT=tail), [1.0, 0.05], max_kl=1e-4)
+        assert np.isfinite(loss_PT).all()
+    stored, loss_PT = round_positions(exact, [1.0, 0.05], max_kl=1e-4)
+    expected = shifted_kl(exact, stored, 0.05, 1)
+    np.testing.assert_allclose(loss_PT[:, 1], expected, rtol=1e-2, atol=1e-5)
+    assert loss_PT[:, 1].mean() > 1e-3
+
+
+def shifted_kl(exact: Positions, stored: Positions, temperature: float, column: int) -> list[float]:
+    """KL by definition, in logarithms throughout."""
+    losses = []
+    each = [positions.split([1] * positions.num_positions) for positions in (exact, stored)]
+    for one, other in zip(*each, strict=True):
+        both = [np.append(x.kept_logp_E.astype(float) / temperature, x.tail_logsum_PT[0, column]) for x in (one, other)]
+        p, q = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in both)
+        losses.append(float((np.exp(p) * (p - q)).sum()))
+    return losses
