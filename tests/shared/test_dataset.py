@@ -153,6 +153,8 @@ def test_another_format_version_is_refused_clearly(version: Any, copy: Path):
         lambda m: m["files"].update({"../x": "0" * 64}),
         lambda m: m["files"].update({"tokenizer/../../x": "0" * 64}),
         lambda m: m["files"].update({"tokenizer\\..\\..\\x": "0" * 64}),
+        lambda m: m["files"].update({"data/part-00000.parquet": "0" * 64}),
+        lambda m: m["files"].update({"manifest.json": "0" * 64}),
         lambda m: m.update(vocab_size=1 << 40),
         lambda m: m.update(temperatures=[]),
         lambda m: m.update(temperatures=[2, 1]),

@@ -8,9 +8,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError, ForeignTokenizerError, LogitferryError, MismatchError
+from shared.files import sha256_of_file
+from shared.logit_shards import cli
 from shared.reseal import filter_rows, merge, repair
 from shared.rows import LogitRow
 from shared.verification import verify
@@ -203,7 +206,9 @@ def test_repair_and_the_same_dump_again_give_the_dataset_that_was(copy: Path, te
     repaired = LogitDataset.open(copy)
     assert_whole(repaired)
     assert repaired.manifest.missing == ["data/part-00000.parquet"]
-    assert (copy.parent / f"copy.set-aside-{identity[:8]}/data/part-00000.parquet").is_file()
+    aside = copy.parent / f"copy.set-aside-{identity[:8]}"
+    assert (aside / "data/part-00000.parquet").is_file()
+    assert sha256_of_file(aside / "manifest.json") == identity
     assert_same_rows(rows_of(repaired), before.read_shard(1))
     again = run_dump(settings(teacher_folder, texts / "first.jsonl", copy))
     assert_whole(again)
@@ -308,3 +313,39 @@ def test_what_begins_with_a_dot_beside_the_data_is_nobodys_fault(copy: Path):
     (copy / ".git").mkdir()
     (copy / ".git/config").write_text("x")
     assert_whole(LogitDataset.open(copy))
+
+
+def test_merge_takes_one_teacher_from_two_places(
+    teacher_folder: Path, texts: Path, dumps: tuple[Path, Path], tmp_path: Path
+):
+    shutil.copytree(teacher_folder, tmp_path / "mounted-elsewhere")
+    other = run_dump(settings(tmp_path / "mounted-elsewhere", texts / "second.jsonl", tmp_path / "other"))
+    assert_whole(merge([LogitDataset.open(dumps[0]), other], tmp_path / "out"))
+
+
+def test_what_is_unsealed_has_a_plan_already(
+    copy: Path, teacher_folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed there, the next run must find what to compare its settings with."""
+    flip(copy / "data/part-00000.parquet")
+    repair(LogitDataset.open(copy))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teacher_dump.dump._unseal", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_dump(settings(teacher_folder, texts / "first.jsonl", copy))
+    assert (copy / ".logitferry/plan.json").is_file()
+    assert_whole(LogitDataset.open(copy))
+
+
+def test_filter_reads_ids_as_lines_and_nothing_else_ends_one(dumps: tuple[Path, Path], tmp_path: Path):
+    """A file from Windows, with the mark that its editor puts first; and U+2028 is no line's end."""
+    (tmp_path / "ids.txt").write_bytes("chat-0\r\nodd\u2028chat-1\n".encode("utf-8-sig"))
+    command = ["filter", str(dumps[0]), "--output", str(tmp_path / "out"), "--sample-ids", str(tmp_path / "ids.txt")]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    names = {row.sample_id for row in rows_of(LogitDataset.open(tmp_path / "out"))}
+    assert "chat-0" not in names
+    assert "chat-1" in names

@@ -134,6 +134,23 @@ def test_few_uncertain_positions_among_certain_ones_are_not_rounded_away():
     np.testing.assert_allclose(mass_P, 1, atol=mass_tolerance(1e-4))
 
 
+def test_equally_probable_ids_among_certain_ones_still_add_up_to_one():
+    """All are rounded the same way, which their KL does not see."""
+    certain = teacher(4000, 8, 0, 30.0)
+    even = replace(teacher(20, 8, 1, 1.0), kept_logp_E=np.full(160, -np.log(2000), np.float32))
+    even.tail_logsum_PT[:] = np.log(1992 / 2000)
+    many = Positions.concatenate([certain] + [even] * 3)
+    many = replace(many, kept_logp_E=many.kept_logp_E.copy())
+    many.kept_logp_E[-480:] = np.log(1 / 8.5)
+    many.tail_logsum_PT[-60:] = np.log(0.5 / 8.5)
+    for offset in np.linspace(0, 0.4, 9):  # wherever the levels happen to lie
+        moved = replace(many, kept_logp_E=many.kept_logp_E.copy())
+        moved.kept_logp_E[-480:] -= np.float32(offset)
+        stored, _ = round_positions(moved, [1.0], max_kl=1e-4)
+        sums = [np.exp(x.kept_logp_E.astype(float)).reshape(-1, 8).sum(1) for x in (moved, stored)]
+        assert np.abs(sums[0] - sums[1]).max() <= mass_tolerance(1e-4)
+
+
 def test_a_cold_temperature_is_measured_where_its_powers_underflow():
     """At T = 0.05 p^(1/T) of a flat teacher is below what fp32 holds, and so is what is left of an empty tail."""
     exact = teacher(50, 40, 0, 0.2)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import DamagedShardError
+from shared.errors import ConfigError, DamagedShardError
 from shared.rounding import round_positions
 from shared.rows import LogitRow, Positions
 from shared.schema import RowFormat
@@ -105,3 +105,21 @@ def test_smaller_at_a_higher_level_and_the_same_values(tmp_path: Path):
     )
     assert small.size < fast.size
     assert_same_rows(decoded(fast, fast_shard, form, tmp_path), decoded(small, small_shard, form, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("limit", "error"),
+    [
+        ("shared.parquet_headers.MAX_GROUP_VALUES", DamagedShardError),
+        ("shared.shard_writer.MAX_SHARD_BYTES", ConfigError),
+        ("shared.schema.MAX_VALUES", ConfigError),
+    ],
+)
+def test_the_writer_keeps_within_what_readers_allow(
+    limit: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+):
+    """Found out before the shard is written, not when somebody opens it."""
+    encode_shard(random_rows(0, 5), row_format(), ROUNDED, PATH)
+    monkeypatch.setattr(limit, 20)
+    with pytest.raises(error, match="unit_records" if error is ConfigError else "at most"):
+        encode_shard(random_rows(0, 5), row_format(), ROUNDED, PATH)

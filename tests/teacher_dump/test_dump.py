@@ -268,12 +268,16 @@ def test_one_is_always_among_the_temperatures():
 
 
 def test_what_a_killed_writer_left_does_not_reach_the_dataset(teacher_folder: Path, chats: Path, tmp_path: Path):
-    leftover = tmp_path / "out/data/.writing-part-00000.parquet.4711"
-    leftover.parent.mkdir(parents=True)
+    names = ("data/.writing-part-00000.parquet.4711", "tokenizer/.writing-tokenizer.json.4711")
+    leftovers = [tmp_path / "out" / name for name in names]
+    for leftover in leftovers:
+        leftover.parent.mkdir(parents=True)
+        leftover.write_bytes(b"half a file")
     (tmp_path / "out/.logitferry").mkdir()
-    leftover.write_bytes(b"half a shard")
-    assert verify(run_dump(dump_settings(teacher_folder, chats, tmp_path / "out")), deep=True).faults == []
-    assert not leftover.exists()
+    dataset = run_dump(dump_settings(teacher_folder, chats, tmp_path / "out"))
+    assert verify(dataset, deep=True).faults == []
+    assert not any(".writing-" in path for path in dataset.manifest.files)
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(teacher_folder: Path, chats: Path, tmp_path: Path):

@@ -142,6 +142,7 @@ def test_the_default_is_rounded_and_the_level_changes_no_value(teacher_folder: P
         ({"keep": {"method": "threshold", "tau": 0.6}}, "less than or equal to 0.5"),
         ({"keep": {"max_kl": -1}}, "greater than or equal to 0"),
         ({"keep": {"max_kl": 0.5}}, "less than or equal to 0.01"),
+        ({"keep": {"max_kl": 1e-12}}, "0 stores every bit"),
         ({"keep": {"method": "sample"}}, "'topk' or 'threshold'"),
         ({"zstd_level": 30}, "less than or equal to 19"),
     ],
