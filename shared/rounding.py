@@ -79,6 +79,7 @@ def round_positions(
 ) -> tuple[Positions, Float64]:
     """Rounded as coarsely as a mean loss of `max_kl` nats at T = 1 allows, and what that lost [P, T]; 0 rounds nothing.
 
+    No position loses more than WORST times that, nor do its probabilities add up to more than `mass_tolerance` apart.
     `untouched_logp` is a value that stays as it is: rounding the one weight that all sampled ids share would bias them.
     """
     is_number = np.isfinite(exact.kept_logp_E).all() and not np.isnan(exact.tail_logsum_PT).any()
