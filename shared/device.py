@@ -26,3 +26,12 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def block_bytes(device: torch.device) -> int:
+    """How much fp32 a run of elementwise operations should go over at once.
+
+    On a CPU what its cache holds, so that only the first operation waits for memory; elsewhere enough to keep the
+    device busy.
+    """
+    return (32 if device.type == "cpu" else 512) << 20

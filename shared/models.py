@@ -43,12 +43,17 @@ class OutputHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits [N, V].  The matrix product runs in the model's dtype, all that follows in fp32."""
-        logits_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V).float()
+        return self.finish_(nn.functional.linear(hidden_ND, self.weight_VD).float())
+
+    def finish_(self, product_NV: Tensor) -> Tensor:
+        """Logits of fp32 hidden @ weightᵀ, in place of it."""
+        if self.bias_V is not None:
+            product_NV.add_(self.bias_V)
         if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
+            product_NV.mul_(self.scale)
         if self.softcap is not None:
-            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        return logits_NV
+            product_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return product_NV
 
 
 def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: torch.device) -> Any:

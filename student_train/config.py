@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from shared.config import Settings
 from shared.models_config import ModelSettings
 from shared.text_config import TextSettings
+from student_train.objective import DivergenceName, Objective
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -47,16 +48,51 @@ class HeldOutSettings(Settings):
 
 
 class LossSettings(Settings):
+    """(1 − w)·CE + w·T²·D + z·lse² per supervised token; every part is explained in `student_train/LOSSES.md`."""
+
     kd_weight: float = Field(default=0.9, ge=0.0, le=1.0)
-    """w of (1 − w)·CE + w·T²·KL.  0 is plain SFT and needs no dataset."""
-    divergence: Literal["forward_kl"] = "forward_kl"
-    """KL(teacher ‖ student)."""
-    tail: Literal["bucket"] = "bucket"
-    """What is not kept is one more outcome, on both sides."""
+    """w.  0 is plain SFT and needs no dataset."""
+    divergence: DivergenceName = "forward_kl"
+    """D of teacher p and student q: KL(p ‖ q), KL(q ‖ p), or p and q each against, or p alone against, a mixture."""
+    jsd_beta: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """The teacher's share of jsd's mixture and weight of its half; 0.5 unless given."""
+    skew_alpha: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """The teacher's share of skew_kl's mixture; 0.1 unless given."""
+    tail: Literal["bucket", "renormalise", "drop"] | None = None
+    """What becomes of the ids that are not kept: one more outcome, unless given; sampled ids have none."""
     temperature: float = Field(default=1.0, gt=0.0)
-    """One of those that the dataset declares."""
-    chunk_positions: int = Field(default=256, ge=1)
-    """Positions whose logits live at once."""
+    """T of both sides, one of those that the dataset declares."""
+    z_loss: float = Field(default=0.0, ge=0.0)
+    """z, which draws the logits' logsumexp to 0; 1e-4 where it is used."""
+    chunk_positions: int | None = Field(default=None, ge=1)
+    """Positions whose logits live at once; what fits into 320 MiB unless given."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LossSettings":
+        if self.jsd_beta is not None and self.divergence != "jsd":
+            raise ValueError(f"jsd_beta is for divergence: jsd, and would do nothing for {self.divergence}")
+        if self.skew_alpha is not None and self.divergence != "skew_kl":
+            raise ValueError(f"skew_alpha is for divergence: skew_kl, and would do nothing for {self.divergence}")
+        self.objective(is_sampled=False)
+        return self
+
+    def objective(self, *, is_sampled: bool) -> Objective:
+        """What the loss computes, for a dataset whose kept ids are a sample with weights or not.
+
+        Raises:
+            ValueError: the divergence, tail or temperature needs more than the teacher's kept ids say.
+        """
+        if is_sampled and self.tail is not None:
+            raise ValueError(f"sampled ids have no tail to {self.tail}: leave loss.tail away")
+        given = {"jsd_beta": self.jsd_beta, "skew_alpha": self.skew_alpha}
+        return Objective(
+            kd_weight=self.kd_weight,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            tail="none" if is_sampled else self.tail or "bucket",
+            z_loss=self.z_loss,
+            **{name: value for name, value in given.items() if value is not None},
+        )
 
 
 class OptimizerSettings(Settings):

@@ -6,34 +6,46 @@ ids becomes the V-sized part of the gradient in closed form, a scaled softmax of
     dL/dz_v = dL/d(lse_off) · softmax_off(z)_v   off the kept ids
     dL/dz_k = the objective's own derivative     at a kept id;  and likewise, added, at the label
 
-Gradients of hidden states and output matrix are computed chunk by chunk in the forward pass; the backward pass
-only scales them.  fp32 from the logits on, whatever the dtype of the weights.
+Gradients of hidden states and output matrix are computed chunk by chunk in the forward pass, in place of the logits;
+the backward pass only scales them.  The three matrix products run in the dtype of the hidden states, or in that of
+autocast; everything else, and the sum of the output matrix's gradient, in fp32.
 
-Shapes: N positions, n positions of a chunk, D hidden, V vocabulary, K kept.
-Memory: one chunk of n × V floats (two more at T ≠ 1), plus the gradients [N, D] and [V, D];
-    twice those while backward hands them on.
+A chunk has the rows that matrix products want, a block of it those that elementwise operations want: only a block is
+ever fp32.  The last chunk is padded to a power of two, so that a device which compiles for shapes meets a handful.
+
+Shapes: N positions, n positions of a chunk, b positions of a block, D hidden, V vocabulary, K kept.
+Memory: n × V in the dtype of the products and b × V in fp32 (b × V once more at T ≠ 1), plus the gradients: [N, D] and,
+    unless it is frozen, [V, D] in fp32.
 Time: one linear cross-entropy plus gathers of N × K.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from shared.device import block_bytes
 from shared.models import OutputHead
-from student_train.loss import Objective, StudentView, Targets
+from student_train.loss import StudentView, Targets, per_position
+from student_train.objective import Objective
+from student_train.sharded import whole
 
-TINY = torch.finfo(torch.float32).tiny  # the sum is at least 1 (its largest term), or 0 where nothing is off
+CHUNK_BYTES = 320 << 20
+CHUNK_ROWS = (256, 2048)
+SMALLEST_ROWS = 16
+WEIGHT_ROWS = 4096  # of the output matrix's gradient, added to its fp32 sum while they are in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """`total` is differentiable; the sums Σ c·CE and Σ c·KL, in nats, are for the log."""
+    """`total` is differentiable; the sums Σ c·CE and Σ c·D, in nats, are for the log."""
 
     total: Tensor
     ce: Tensor
-    kl: Tensor
+    kd: Tensor
 
 
 def fused_linear_loss(
@@ -43,13 +55,26 @@ def fused_linear_loss(
     objective: Objective,
     *,
     denominator: float,
-    chunk_positions: int,
+    chunk_positions: int | None = None,
 ) -> LossSums:
-    """The objective over N positions, divided by `denominator` (Σ c over all ranks and accumulation steps)."""
-    total, ce, kl = _FusedLinearLoss.apply(
-        hidden_ND, head.weight_VD, head.bias_V, head, targets, objective, denominator, chunk_positions
+    """The objective over N positions, divided by `denominator` (Σ c over all ranks and accumulation steps).
+
+    Differentiable once, with respect to the hidden states and to the head's weight and bias, sharded or not; what is
+    frozen costs nothing.  `chunk_positions` are the positions whose logits live at once; None takes what fits into
+    320 MiB, 256 to 2048.
+    """
+    total, ce, kd = _FusedLinearLoss.apply(
+        hidden_ND,
+        whole(head.weight_VD, hidden_ND.dtype),
+        None if head.bias_V is None else whole(head.bias_V, hidden_ND.dtype),
+        head,
+        targets,
+        objective,
+        denominator,
+        chunk_positions,
+        torch.is_grad_enabled(),
     )
-    return LossSums(total=total, ce=ce, kl=kl)
+    return LossSums(total=total, ce=ce, kd=kd)
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -63,124 +88,191 @@ class _FusedLinearLoss(torch.autograd.Function):
         targets: Targets,
         objective: Objective,
         denominator: float,
-        chunk_positions: int,
+        chunk_positions: int | None,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        d_hidden_ND = torch.zeros_like(hidden_ND) if needs_hidden else None
+        needs_hidden, needs_weight, needs_bias = (needed and grad_enabled for needed in ctx.needs_input_grad[:3])
+        dtype = _product_dtype(hidden_ND)
+        is_tempered = objective.temperature != 1.0 and targets.num_kept > 0
+        chunk = _Chunk.of(len(hidden_ND), weight_VD, dtype, num_rows=chunk_positions, is_tempered=is_tempered)
+        head = replace(head, weight_VD=weight_VD.to(dtype), bias_V=bias_V)
+        d_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and needs_bias else None
+        is_differentiated = needs_hidden or needs_weight or needs_bias
         sums_3 = torch.zeros(3, device=hidden_ND.device)
-        for begin in range(0, len(hidden_ND), chunk_positions):
-            rows = slice(begin, begin + chunk_positions)
-            hidden_nD = hidden_ND[rows]
-            logits_nV = head.logits(hidden_nD)
-            # d logits / d (matrix product), while the logits are still whole.
-            slope = _head_slope(head, logits_nV)
-            chunk_sums_3, d_logits_nV = _chunk(
-                logits_nV, targets.chunk(rows), objective, denominator, wants_gradient=any(ctx.needs_input_grad[:3])
-            )
-            sums_3 += chunk_sums_3
-            if d_logits_nV is None:
-                continue
-            d_logits_nV = d_logits_nV.mul_(slope)
-            d_product_nV = d_logits_nV.to(weight_VD.dtype)
+        for begin, end, num_rows in chunk.runs(len(hidden_ND)):
+            hidden_nD = F.pad(hidden_ND[begin:end].to(dtype), (0, 0, 0, num_rows - (end - begin)))
+            product_nV = torch.mm(hidden_nD, head.weight_VD.T, out=chunk.product_nV[:num_rows])
+            run = targets[begin:end].padded(num_rows)
+            for rows in chunk.blocks(num_rows):
+                logits_bV = head.finish_(chunk.as_fp32(product_nV[rows]))
+                sums_3 += _differentiate_(
+                    logits_bV, head, run[rows], objective, denominator, chunk.tempered_bV, is_differentiated
+                )
+                if d_bias_V is not None:
+                    d_bias_V += logits_bV.sum(dim=0)
+                if is_differentiated:
+                    product_nV[rows] = logits_bV
             if d_hidden_ND is not None:
-                d_hidden_ND[rows] = d_product_nV @ weight_VD
+                d_hidden_ND[begin:end] = torch.mm(product_nV, head.weight_VD)[: end - begin]
             if d_weight_VD is not None:
-                _accumulate(d_weight_VD, d_product_nV, hidden_nD)
-            if d_bias_V is not None:
-                d_bias_V += d_logits_nV.sum(dim=0)
-        ctx.gradients = (d_hidden_ND, d_weight_VD, d_bias_V)
-        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, weight_VD.dtype)
-        total, ce, kl = (value.clone() for value in sums_3)
-        ctx.mark_non_differentiable(ce, kl)
-        return total, ce, kl
+                _accumulate(d_weight_VD, product_nV, hidden_nD)
+        del chunk  # before the gradients are copied into their own dtype
+        ctx.gradients = (
+            d_hidden_ND,
+            None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype),
+            None if d_bias_V is None or bias_V is None else d_bias_V.to(bias_V.dtype),
+        )
+        total, ce, kd = (value.clone() for value in sums_3)
+        ctx.mark_non_differentiable(ce, kd)
+        return total, ce, kd
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            None if gradient is None else (gradient * grad_outputs[0]).to(dtype)
-            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
-        )
-        return (*scaled, None, None, None, None, None)
-
-
-def _chunk(
-    logits_nV: Tensor, targets: Targets, objective: Objective, denominator: float, *, wants_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Sums (total, CE, KL) of a chunk and dL/d logits, computed in place of the logits."""
-    temperature = objective.temperature
-    kept_nK = logits_nV.gather(1, targets.kept_ids_NK)
-    label_n1 = targets.label_N[:, None]
-    label_logit_n = logits_nV.gather(1, label_n1).squeeze(1)
-    off_nV = _mask_kept(logits_nV, kept_nK, targets)
-    is_tempered = temperature != 1.0 and targets.kept_ids_NK.shape[1] > 0
-    tempered = _softmax_off(off_nV / temperature) if is_tempered else None
-    plain = _softmax_off(off_nV)
-    inputs = [kept_nK, label_logit_n, plain.lse_n] + ([tempered.lse_n] if tempered else [])
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_(wants_gradient) for tensor in inputs]
-        student = StudentView(
-            kept_logits_nK=leaves[0], label_logit_n=leaves[1], lse_off_n=leaves[2], tempered_lse_off_n=leaves[-1]
-        )
-        total_n, ce_n, kl_n = objective.per_position(student, targets)
-        total = (targets.weight_N * total_n).sum() / denominator
-        ce, kl = (targets.weight_N * ce_n).sum(), (targets.weight_N * kl_n).sum()
-    sums_3 = torch.stack([total, ce, kl]).detach()
-    if not wants_gradient:
-        return sums_3, None
-    d_kept_nK, d_label_n, d_off_n, *d_tempered_n = torch.autograd.grad(
-        total, leaves, allow_unused=True, materialize_grads=True
-    )
-    d_logits_nV = plain.scaled_(d_off_n)
-    if tempered:
-        d_logits_nV += tempered.scaled_(d_tempered_n[0] / temperature)
-    # Padding of the kept ids adds zeros, so it may point anywhere.
-    d_logits_nV.scatter_add_(1, targets.kept_ids_NK, d_kept_nK)
-    d_logits_nV.scatter_add_(1, label_n1, d_label_n[:, None])
-    return sums_3, d_logits_nV
-
-
-def _mask_kept(logits_nV: Tensor, kept_nK: Tensor, targets: Targets) -> Tensor:
-    """−inf at the kept ids, in place.  Padding repeats a position's first kept id, where −inf is right as well."""
-    if not kept_nK.shape[1]:
-        return logits_nV
-    has_kept_n1 = targets.is_kept_NK.any(dim=1, keepdim=True)
-    return logits_nV.scatter_(1, targets.kept_ids_NK, kept_nK.masked_fill(has_kept_n1, -torch.inf))
+        if ctx.gradients is None:
+            raise RuntimeError("the fused loss can be differentiated once: its gradients are handed on, not kept")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = (None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients)
+        return (*scaled, None, None, None, None, None, None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SoftmaxOff:
-    """exp(z − shift) [n, V], its sums, and lse = logsumexp(z), off the kept ids."""
+class _Chunk:
+    """The only memory with V columns, made once for all chunks."""
 
-    exp_nV: Tensor
-    sum_n: Tensor
-    lse_n: Tensor
+    product_nV: Tensor
+    logits_bV: Tensor | None
+    """fp32; None where the products are."""
+    tempered_bV: Tensor | None
+    """fp32; None at T = 1, or where there is no teacher."""
+    block_rows: int
 
-    def scaled_(self, scale_n: Tensor) -> Tensor:
-        """scale · softmax, in place; zero where nothing is off."""
-        return self.exp_nV.mul_((scale_n / self.sum_n.clamp(min=TINY))[:, None])
+    @staticmethod
+    def of(
+        num_positions: int, weight_VD: Tensor, dtype: torch.dtype, *, num_rows: int | None, is_tempered: bool
+    ) -> "_Chunk":
+        vocab_size, device = weight_VD.shape[0], weight_VD.device
+        if num_rows is None:
+            fitting = _power_of_two_within(CHUNK_BYTES // (vocab_size * dtype.itemsize))
+            num_rows = min(max(fitting, CHUNK_ROWS[0]), CHUNK_ROWS[1])
+        num_rows = min(num_rows, _padded_rows(num_positions))
+        block_rows = min(num_rows, max(SMALLEST_ROWS, _power_of_two_within(block_bytes(device) // (4 * vocab_size))))
+
+        def rows_of_fp32() -> Tensor:
+            return torch.empty(block_rows, vocab_size, device=device)
+
+        return _Chunk(
+            product_nV=torch.empty(num_rows, vocab_size, dtype=dtype, device=device),
+            logits_bV=None if dtype == torch.float32 else rows_of_fp32(),
+            tempered_bV=rows_of_fp32() if is_tempered else None,
+            block_rows=block_rows,
+        )
+
+    def runs(self, num_positions: int) -> Iterator[tuple[int, int, int]]:
+        """Begin, end and padded length of every chunk."""
+        num_rows = len(self.product_nV)
+        for begin in range(0, num_positions, num_rows):
+            end = min(begin + num_rows, num_positions)
+            yield begin, end, min(num_rows, _padded_rows(end - begin))
+
+    def blocks(self, num_rows: int) -> Iterator[slice]:
+        for begin in range(0, num_rows, self.block_rows):
+            yield slice(begin, min(begin + self.block_rows, num_rows))
+
+    def as_fp32(self, product_bV: Tensor) -> Tensor:
+        """The product itself where it is fp32, and else a copy that the next block overwrites."""
+        return product_bV if self.logits_bV is None else self.logits_bV[: len(product_bV)].copy_(product_bV)
 
 
-def _softmax_off(z_nV: Tensor) -> _SoftmaxOff:
-    """In place of z; shifted by the largest that is not kept, so that a tail of any size keeps its digits."""
-    largest_n = z_nV.amax(dim=1)
-    shift_n = largest_n.masked_fill(torch.isneginf(largest_n), 0.0)
-    exp_nV = z_nV.sub_(shift_n[:, None]).exp_()
-    sum_n = exp_nV.sum(dim=1)
-    return _SoftmaxOff(exp_nV=exp_nV, sum_n=sum_n, lse_n=sum_n.log() + shift_n)
+def _differentiate_(
+    logits_bV: Tensor,
+    head: OutputHead,
+    targets: Targets,
+    objective: Objective,
+    denominator: float,
+    tempered_bV: Tensor | None,
+    is_differentiated: bool,
+) -> Tensor:
+    """Sums (total, CE, D) of a block; dL/d(hidden @ weightᵀ + bias) in place of the logits where wanted."""
+    slope = _head_slope(head, logits_bV)  # while the logits are still whole
+    label_b1 = targets.label_N[:, None]
+    label_logit_b, kept_bK = logits_bV.gather(1, label_b1).squeeze(1), logits_bV.gather(1, targets.kept_ids_NK)
+    is_all_kept_b = _mask_kept_(logits_bV, kept_bK, targets)
+    temperature = objective.temperature
+    if tempered_bV is not None:
+        tempered_bV = torch.div(logits_bV, temperature, out=tempered_bV[: len(logits_bV)])
+    plain_lse_b = _softmax_(logits_bV).masked_fill(is_all_kept_b, -torch.inf)
+    inputs = [kept_bK, label_logit_b, plain_lse_b]
+    if tempered_bV is not None:
+        inputs.append(_softmax_(tempered_bV).masked_fill(is_all_kept_b, -torch.inf))
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_(is_differentiated) for tensor in inputs]
+        student = StudentView(
+            kept_logits_nK=leaves[0], label_logit_n=leaves[1], lse_off_n=leaves[2], tempered_lse_off_n=leaves[-1]
+        )
+        per_position_3b = torch.stack(per_position(objective, student, targets))
+        sums_3 = (targets.weight_N * per_position_3b).sum(dim=1)
+        total = sums_3[0] / denominator
+    if is_differentiated:
+        d_kept_bK, d_label_b, d_off_b, *d_tempered_b = torch.autograd.grad(
+            total, leaves, allow_unused=True, materialize_grads=True
+        )
+        logits_bV.mul_(d_off_b[:, None])
+        if tempered_bV is not None:
+            logits_bV.addcmul_(tempered_bV, (d_tempered_b[0] / temperature)[:, None])
+        # Padding of the kept ids adds zeros, so it may point anywhere.
+        logits_bV.scatter_add_(1, targets.kept_ids_NK, d_kept_bK).scatter_add_(1, label_b1, d_label_b[:, None])
+        logits_bV.mul_(slope)
+    return torch.cat([total.detach()[None], sums_3.detach()[1:]])
 
 
-def _head_slope(head: OutputHead, logits_nV: Tensor) -> Tensor | float:
+def _mask_kept_(logits_bV: Tensor, kept_bK: Tensor, targets: Targets) -> Tensor:
+    """−inf at the kept ids.  Returns where all are kept [b]: there one stays, as a softmax needs one.
+
+    Padding repeats a position's first kept id; where nothing is kept, it writes what was there.
+    """
+    if not targets.num_kept:
+        return torch.zeros(len(logits_bV), dtype=torch.bool, device=logits_bV.device)
+    ids_bK, is_kept_bK = targets.kept_ids_NK, targets.is_kept_NK
+    is_all_kept_b = is_kept_bK.sum(dim=1) == logits_bV.shape[1]
+    stays_bK = (is_all_kept_b[:, None] & (ids_bK == ids_bK[:, :1])) | ~is_kept_bK[:, :1]
+    logits_bV.scatter_(1, ids_bK, torch.where(stays_bK, kept_bK, -torch.inf))
+    return is_all_kept_b
+
+
+def _softmax_(z_bV: Tensor) -> Tensor:
+    """In place of z; returns logsumexp(z) [b], exact for a tail of any size: the largest probability is ≥ 1/V."""
+    largest_b = z_bV.amax(dim=1)
+    torch.softmax(z_bV, dim=1, out=z_bV)
+    return largest_b - z_bV.amax(dim=1).log()
+
+
+def _head_slope(head: OutputHead, logits_bV: Tensor) -> Tensor | float:
     """d logits / d product: scale, and 1 − (z / softcap)² under a softcap."""
     if head.softcap is None:
         return head.scale
-    return head.scale * (1 - (logits_nV / head.softcap) ** 2)
+    return head.scale * (1 - (logits_bV / head.softcap) ** 2)
 
 
 def _accumulate(d_weight_VD: Tensor, d_product_nV: Tensor, hidden_nD: Tensor) -> None:
     """d_weight += d_productᵀ @ hidden in fp32."""
     if d_product_nV.dtype == d_weight_VD.dtype:
         d_weight_VD.addmm_(d_product_nV.T, hidden_nD)
-    else:
-        d_weight_VD += (d_product_nV.T @ hidden_nD).float()
+        return
+    for begin in range(0, len(d_weight_VD), WEIGHT_ROWS):
+        rows = slice(begin, begin + WEIGHT_ROWS)
+        d_weight_VD[rows] += torch.mm(d_product_nV[:, rows].T, hidden_nD)
+
+
+def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
+    device_type = hidden_ND.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_ND.dtype
+
+
+def _power_of_two_within(number: int) -> int:
+    return 1 << max(number.bit_length() - 1, 0)
+
+
+def _padded_rows(number: int) -> int:
+    return max(SMALLEST_ROWS, 1 << max(number - 1, 0).bit_length())

@@ -1,39 +1,71 @@
 """The objective, seen from the kept ids: small functions on [n, K] tensors.
 
-    total = [ (1 − w)·Σ c_i·CE_i + w·T²·Σ c_i·KL(p_i ‖ q_i) ] / Σ c_i
+    total = [ (1 − w)·Σ c_i·CE_i + w·T²·Σ c_i·D(p_i, q_i) + z·Σ c_i·lse_i² ] / Σ c_i
 
-p is the teacher at temperature T over the kept ids and one tail outcome, normalised; q the student's full
-softmax at T, its tail the logsumexp *off* the kept ids.  KL over these K+1 outcomes is a lower bound of the full
-KL and equal to it when everything is kept.  A student enters only through three things: its logits at the kept
-ids, the logsumexp of its other logits, and its logit at the label.  `student_train.fused_linear` computes those
-and carries the derivatives back.
+p is the teacher at temperature T over the kept ids and one tail outcome, normalised; q the student's full softmax
+at T, its tail the logsumexp *off* the kept ids.  A student enters only through four things: its logits at the kept
+ids, the logsumexp of its other logits (at 1 and at T), and its logit at the label.  `student_train.fused_linear`
+computes those and carries the derivatives back.  Seen so, both sides are a softmax over K+1 numbers:
 
-log q_tail is lse_off − lse, never log(1 − Σ q): at log q_tail ≈ −16 that is NaN in fp32, or behind a clamp a
-gradient hundreds of times too small.
+    p = softmax(kept log p / T,  tail_logsum_T)        q = softmax(kept logits / T,  lse_off_T)
 
-Shapes: n positions of a chunk, K most kept ids of a position (shorter ones are padded, `is_kept` False).
+q_tail is never 1 − Σ q: at log q_tail ≈ −16 that is NaN in fp32, or behind a clamp a gradient hundreds of times
+too small.  `LOSSES.md` beside this file has every formula with its gradient and source.
+
+Shapes: n positions of a chunk, K most kept ids of a position (shorter ones are padded, `is_kept` False),
+B = K + 1 outcomes.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from student_train.divergences import NEVER, forward_kl, jsd, reverse_kl, skew_kl
+from student_train.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the labels and the teacher say at N positions.  K = 0 where there is no teacher."""
+    """What the labels and the teacher say at N positions.  K = 0 where there is no teacher.
+
+    Not checked here, where it may lie on a device: `collate.make_targets` makes it from arrays and checks them.
+    """
 
     label_N: Tensor
     weight_N: Tensor
+    """c_i ≥ 0; a position of weight 0 has no influence."""
     kept_ids_NK: Tensor
+    """Distinct within a position; padding repeats its first, and follows all that is kept."""
     kept_logp_NK: Tensor
+    """Log p at T = 1, or log weights where the ids are a sample."""
     is_kept_NK: Tensor
     tail_logsum_N: Tensor
-    """At the objective's temperature; −inf is an empty tail."""
+    """At the objective's temperature; −inf is an empty tail.  Unused where the ids are a sample."""
+    entropy_N: Tensor
+    """The teacher's, in nats, over its whole vocabulary; used where the ids are a sample."""
 
-    def chunk(self, rows: slice) -> "Targets":
+    @property
+    def num_kept(self) -> int:
+        """K."""
+        return self.kept_ids_NK.shape[1]
+
+    def __getitem__(self, rows: slice) -> "Targets":
         return Targets(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+
+    def to(self, device: torch.device) -> "Targets":
+        return Targets(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+
+    def padded(self, num_rows: int) -> "Targets":
+        """With positions of weight 0 at the end, that keep nothing and have all their mass in the tail."""
+        missing = num_rows - len(self.label_N)
+        if not missing:
+            return self
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Targets(
+            **{name: F.pad(value, (0, 0) * (value.ndim - 1) + (0, missing)) for name, value in fields.items()}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,56 +75,60 @@ class StudentView:
     kept_logits_nK: Tensor
     label_logit_n: Tensor
     lse_off_n: Tensor
-    """logsumexp of the logits that are not kept."""
+    """logsumexp of the logits that are not kept; −inf where all are."""
     tempered_lse_off_n: Tensor
     """The same of logits / T; the very same tensor at T = 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """kd_weight w and temperature T of the formula above."""
-
-    kd_weight: float
-    temperature: float = 1.0
-
-    def per_position(self, student: StudentView, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-        """Total [n], cross-entropy [n] and KL [n] in nats, not yet weighted by c_i."""
-        ce_n = cross_entropy(student, targets)
-        if not targets.kept_ids_NK.shape[1]:
-            return (1 - self.kd_weight) * ce_n, ce_n, torch.zeros_like(ce_n)
-        kl_n = forward_kl_bucket(student, targets, self.temperature)
-        return (1 - self.kd_weight) * ce_n + self.kd_weight * self.temperature**2 * kl_n, ce_n, kl_n
-
-
-def cross_entropy(student: StudentView, targets: Targets) -> Tensor:
-    """−log q(label) at T = 1, in nats [n]."""
-    return _lse(student.kept_logits_nK, student.lse_off_n, targets) - student.label_logit_n
+def per_position(objective: Objective, student: StudentView, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+    """Total [n], cross-entropy [n] and divergence [n] in nats, not yet weighted by c_i."""
+    # CE and z-loss at T = 1 over the full vocabulary, whatever the divergence does.
+    lse_n = torch.logsumexp(_outcomes(student.kept_logits_nK, student.lse_off_n, targets.is_kept_NK), dim=1)
+    ce_n = lse_n - student.label_logit_n
+    total_n = (1 - objective.kd_weight) * ce_n
+    if objective.z_loss:
+        total_n = total_n + objective.z_loss * lse_n.square()
+    if not targets.num_kept:
+        return total_n, ce_n, torch.zeros_like(ce_n)
+    divergence = _sampled_kl if objective.tail == "none" else _divergence
+    kd_n = divergence(objective, student, targets)
+    return total_n + objective.kd_weight * objective.temperature**2 * kd_n, ce_n, kd_n
 
 
-def forward_kl_bucket(student: StudentView, targets: Targets, temperature: float) -> Tensor:
-    """KL(p ‖ q) over the kept ids and one tail outcome, in nats [n]; an empty teacher tail drops its term."""
-    log_p_nK, log_p_tail_n = tempered_teacher(targets, temperature)
-    lse_n = _lse(student.kept_logits_nK / temperature, student.tempered_lse_off_n, targets)
-    log_q_nK = student.kept_logits_nK / temperature - lse_n[:, None]
-    log_q_tail_n = student.tempered_lse_off_n - lse_n
-    # Where there is no outcome both logs are set to 0 before the product: 0 · (−inf + inf) is NaN, and masking
-    # the product afterwards would not keep it out of the gradient.
-    no_tail_n = torch.isneginf(log_p_tail_n)
-    difference_nK = (log_p_nK - log_q_nK).masked_fill(~targets.is_kept_NK, 0.0)
-    difference_tail_n = log_p_tail_n.masked_fill(no_tail_n, 0.0) - log_q_tail_n.masked_fill(no_tail_n, 0.0)
-    return (log_p_nK.exp() * difference_nK).sum(dim=1) + log_p_tail_n.exp() * difference_tail_n
+def _divergence(objective: Objective, student: StudentView, targets: Targets) -> Tensor:
+    is_kept_nK, temperature = targets.is_kept_NK, objective.temperature
+    tail_p_n, tail_q_n = targets.tail_logsum_N, student.tempered_lse_off_n
+    if objective.tail == "renormalise":
+        # Over the kept ids alone; where nothing is kept, the tail is certain on both sides and they agree.
+        tail_p_n = tail_q_n = torch.zeros_like(tail_p_n).masked_fill(is_kept_nK[:, 0], -torch.inf)
+    log_p_nB = _log_probabilities(targets.kept_logp_NK / temperature, tail_p_n, is_kept_nK)
+    log_q_nB = _log_probabilities(student.kept_logits_nK / temperature, tail_q_n, is_kept_nK)
+    if objective.tail == "drop":
+        log_p_nB, log_q_nB = log_p_nB[:, :-1], log_q_nB[:, :-1]
+    match objective.divergence:
+        case "forward_kl":
+            return forward_kl(log_p_nB, log_q_nB)
+        case "reverse_kl":
+            return reverse_kl(log_p_nB, log_q_nB)
+        case "jsd":
+            return jsd(log_p_nB, log_q_nB, objective.jsd_beta)
+        case "skew_kl":
+            return skew_kl(log_p_nB, log_q_nB, objective.skew_alpha)
 
 
-def tempered_teacher(targets: Targets, temperature: float) -> tuple[Tensor, Tensor]:
-    """log p at T of the kept ids [n, K] (−inf where padded) and of the tail [n], normalised over both."""
-    log_w_nK = (targets.kept_logp_NK / temperature).masked_fill(~targets.is_kept_NK, -torch.inf)
-    norm_n = torch.logaddexp(torch.logsumexp(log_w_nK, dim=1), targets.tail_logsum_N)
-    return log_w_nK - norm_n[:, None], targets.tail_logsum_N - norm_n
+def _sampled_kl(objective: Objective, student: StudentView, targets: Targets) -> Tensor:
+    """−Σ w log q − H over sampled ids: forward KL in expectation, also below 0 for a single position."""
+    log_q_nB = _log_probabilities(student.kept_logits_nK, student.lse_off_n, targets.is_kept_NK)
+    weight_nK = targets.kept_logp_NK.exp().masked_fill(~targets.is_kept_NK, 0.0)
+    return -(weight_nK * log_q_nB[:, :-1]).sum(dim=1) - targets.entropy_N
 
 
-def _lse(kept_logits_nK: Tensor, lse_off_n: Tensor, targets: Targets) -> Tensor:
-    """logsumexp over the full vocabulary, from the kept logits and the rest."""
-    if not kept_logits_nK.shape[1]:
-        return lse_off_n
-    kept_nK = kept_logits_nK.masked_fill(~targets.is_kept_NK, -torch.inf)
-    return torch.logaddexp(torch.logsumexp(kept_nK, dim=1), lse_off_n)
+def _outcomes(kept_nK: Tensor, rest_n: Tensor, is_kept_nK: Tensor) -> Tensor:
+    """[n, B]: what is kept and the rest in one; −inf where there is no outcome."""
+    return torch.cat([kept_nK.masked_fill(~is_kept_nK, -torch.inf), rest_n[:, None]], dim=1)
+
+
+def _log_probabilities(kept_nK: Tensor, rest_n: Tensor, is_kept_nK: Tensor) -> Tensor:
+    """Normalised over the outcomes [n, B]; `NEVER`, which no gradient passes, where there is none."""
+    log_nB = torch.log_softmax(_outcomes(kept_nK, rest_n, is_kept_nK), dim=1)
+    return log_nB.masked_fill(torch.isneginf(log_nB), NEVER)

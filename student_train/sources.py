@@ -37,7 +37,12 @@ class Source(Protocol):
 
     @property
     def temperatures(self) -> Sequence[float]:
-        """Those that the teacher's tail is known at; none where there is no teacher."""
+        """Those that the teacher is known at; none where there is no teacher."""
+        ...
+
+    @property
+    def is_sampled(self) -> bool:
+        """Are the teacher's kept ids a sample with weights?"""
         ...
 
     def read_block(self, index: int) -> Sequence[Row]: ...
@@ -66,13 +71,18 @@ class DatasetSource:
 
     @property
     def temperatures(self) -> list[float]:
-        return list(self.dataset.manifest.row_format.tail_temperatures)
+        return list(self.dataset.manifest.temperatures)
+
+    @property
+    def is_sampled(self) -> bool:
+        return not self.dataset.manifest.row_format.has_tails
 
     def read_block(self, index: int) -> Sequence[Row]:
         rows = [row for row, _ in self.fitted_block(index) if row is not None]
         if self.vocab_size >= self.dataset.manifest.vocab_size:
             return rows
-        return [replace(row, teacher=row.teacher.folded(self.vocab_size, self.temperatures)) for row in rows]
+        tails = self.dataset.manifest.row_format.tail_temperatures
+        return [replace(row, teacher=row.teacher.folded(self.vocab_size, tails)) for row in rows]
 
     def fitted_block(self, index: int) -> list[tuple[LogitRow | None, str | None]]:
         """Every row of a block, or none where it does not fit, with the count that it goes under."""
@@ -98,6 +108,7 @@ class TextSource:
     sample_ids: list[list[str]]
     tally: Tally
     temperatures: tuple[float, ...] = ()
+    is_sampled: bool = False
 
     def read_block(self, index: int) -> Sequence[Row]:
         return self.blocks[index]

@@ -16,7 +16,7 @@ from shared.rows import Row
 from student_train.collate import targets_of
 from student_train.config import DataSettings, StudentSettings
 from student_train.fused_linear import LossSums, fused_linear_loss
-from student_train.loss import Objective
+from student_train.objective import Objective
 from student_train.sources import Source, open_source
 
 
@@ -28,7 +28,7 @@ class Student:
     """
 
     def __init__(
-        self, settings: StudentSettings, *, device: torch.device, batch_tokens: int, chunk_positions: int
+        self, settings: StudentSettings, *, device: torch.device, batch_tokens: int, chunk_positions: int | None
     ) -> None:
         self.tokenizer: Any = load_tokenizer(settings)
         self.model: Any = load_model(settings, dtype=pick_dtype(settings.dtype), device=device)
@@ -44,12 +44,12 @@ class Student:
         return open_source(settings, self.tokenizer, vocab_size=self._vocab_size, context_tokens=self._context_tokens)
 
     def losses(
-        self, rows: Sequence[Row], objective: Objective, *, tail_index: int | None, denominator: float
+        self, rows: Sequence[Row], objective: Objective, *, temperature_index: int | None, denominator: float
     ) -> Iterator[LossSums]:
         """The loss of the rows, cut into forward passes of at most `batch_tokens` tokens; one lives at a time.
 
-        `tail_index` is the place of the objective's temperature among the dataset's; None leaves the teacher out.
-        `denominator` is Σ c over all that the gradient is taken over, so the cut changes nothing.
+        `temperature_index` is the place of the objective's temperature among the dataset's; None leaves the teacher
+        out.  `denominator` is Σ c over all that the gradient is taken over, so the cut changes nothing.
         """
         head = output_head(self.model)
         for indices in batches_by_length([row.num_tokens for row in rows], self._batch_tokens):
@@ -57,7 +57,13 @@ class Student:
             yield fused_linear_loss(
                 PaddedBatch.of(batch, self._device).hidden_at_positions(self._body),
                 head,
-                targets_of(batch, tail_index=tail_index, device=self._device),
+                targets_of(
+                    batch,
+                    objective,
+                    temperature_index=temperature_index,
+                    vocab_size=self._vocab_size,
+                    device=self._device,
+                ),
                 objective,
                 denominator=denominator,
                 chunk_positions=self._chunk_positions,

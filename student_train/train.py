@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from shared.config import load_settings, settings_yaml
+from shared.dataset import LogitDataset
 from shared.device import pick_device
 from shared.errors import ConfigError, MismatchError, NonFiniteError
 from shared.files import claim_folder, write_atomically
@@ -24,7 +25,7 @@ from shared.progress import progress
 from shared.rows import Row
 from student_train.config import OptimizerSettings, TrainSettings
 from student_train.evaluate import HeldOutMeans, evaluate
-from student_train.loss import Objective
+from student_train.objective import Objective
 from student_train.sources import Source
 from student_train.stream import Stream, is_held_out
 from student_train.student import Student
@@ -63,6 +64,7 @@ class Trainer:
             raise ConfigError(
                 f"{self._output / MODEL_FOLDER} exists: this run is finished", next_step="give another `output`"
             )
+        self.objective, self.temperature_index = find_objective(settings)
         torch.manual_seed(settings.seed)
         self.student = Student(
             settings.student,
@@ -70,9 +72,7 @@ class Trainer:
             batch_tokens=settings.batch_tokens,
             chunk_positions=settings.loss.chunk_positions,
         )
-        self.objective = Objective(kd_weight=settings.loss.kd_weight, temperature=settings.loss.temperature)
         source = self.student.open_source(settings.data)
-        self.tail_index = _find_tail(source, settings.loss.temperature) if settings.loss.kd_weight else None
         fraction = settings.held_out.fraction
         self._training = self._stream(source, lambda sample_id: not is_held_out(sample_id, fraction))
         self._held_out = self._open_held_out(source)
@@ -123,7 +123,7 @@ class Trainer:
                 write({"step": step} | entry)
                 if step == self._steps or (every and step % every == 0):
                     means = self._evaluate(step, write)
-                bar.advance(note=" ".join(f"{key} {entry[key]:.4f}" for key in ("ce", "kl") if key in entry))
+                bar.advance(note=" ".join(f"{key} {entry[key]:.4f}" for key in ("ce", "kd") if key in entry))
         result = {
             "steps": self._steps,
             "rows_per_epoch": self._training.num_rows,
@@ -140,10 +140,12 @@ class Trainer:
         begin_s = time.monotonic()
         model = self.student.model.train()
         denominator = float(sum(row.num_positions for row in rows))
-        loss = ce = kl = 0.0
-        for sums in self.student.losses(rows, self.objective, tail_index=self.tail_index, denominator=denominator):
+        loss = ce = kd = 0.0
+        for sums in self.student.losses(
+            rows, self.objective, temperature_index=self.temperature_index, denominator=denominator
+        ):
             sums.total.backward()
-            loss, ce, kl = loss + float(sums.total.detach()), ce + float(sums.ce), kl + float(sums.kl)
+            loss, ce, kd = loss + float(sums.total.detach()), ce + float(sums.ce), kd + float(sums.kd)
         grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), self._settings.optimizer.max_grad_norm))
         if not (grad_norm < float("inf") and loss < float("inf")):
             names = ", ".join(row.sample_id for row in rows[:8])
@@ -151,7 +153,8 @@ class Trainer:
                 f"loss {loss} and gradient norm {grad_norm} in a step over {len(rows)} rows: {names}, …",
                 next_step="lower optimizer.learning_rate, or look at these rows",
             )
-        entry = {"loss": loss, "ce": ce / denominator} | ({} if self.tail_index is None else {"kl": kl / denominator})
+        entry = {"loss": loss, "ce": ce / denominator}
+        entry |= {} if self.temperature_index is None else {"kd": kd / denominator}
         entry |= {"lr": float(self._schedule.get_last_lr()[0]), "grad_norm": grad_norm, "positions": denominator}
         self._optimizer.step()
         self._schedule.step()
@@ -183,20 +186,33 @@ class Trainer:
         return stream
 
 
-def _find_tail(source: Source, temperature: float) -> int:
-    """The place of the temperature among those that the source declares; raises MismatchError for another."""
-    declared = list(source.temperatures)
-    if not declared:
+def find_objective(settings: TrainSettings) -> tuple[Objective, int | None]:
+    """What the config asks for and the place of its temperature among the dataset's, before any model is loaded.
+
+    None where the teacher is left out.
+
+    Raises:
+        MismatchError: the dataset does not hold what this loss needs.
+    """
+    if not settings.loss.kd_weight:
+        return settings.loss.objective(is_sampled=False), None
+    folder, temperature = str(settings.data.dataset), settings.loss.temperature
+    manifest = LogitDataset.open(folder).manifest
+    try:
+        objective = settings.loss.objective(is_sampled=not manifest.row_format.has_tails)
+    except ValueError as error:
         raise MismatchError(
-            "the dataset was kept by threshold: its sampled ids have weights, and not the tails that loss.tail needs",
-            next_step="dump with keep.method: topk, or train on the labels alone with loss.kd_weight: 0",
-        )
-    if temperature not in declared:
+            f"{folder} was kept by {manifest.keep['method']}, and the loss does not fit it: {error}",
+            next_step="train with loss: {divergence: forward_kl, temperature: 1} and no loss.tail, "
+            "or dump with keep.method: topk",
+        ) from None
+    if temperature not in manifest.temperatures:
         raise MismatchError(
-            f"loss.temperature {temperature:g} is not among the dataset's {declared}; its tail is not known",
+            f"loss.temperature {temperature:g} is not among the {manifest.temperatures} of {folder}: "
+            "the teacher's tail is not known there",
             next_step="train at a declared temperature, or dump again with this one under `temperatures`",
         )
-    return declared.index(temperature)
+    return objective, manifest.temperatures.index(temperature)
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:

@@ -40,6 +40,14 @@ def whole_dataset(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path
     return run_dump(dump_settings(teacher_folder, chats, output, keep__k=V)).folder
 
 
+@pytest.fixture(scope="module")
+def whole_sample(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, chats: Path) -> Path:
+    """Every id above so small a threshold that none has to be drawn: the estimate must become the truth."""
+    keep = {"method": "threshold", "tau": 1e-12, "max_kl": 0}
+    output = tmp_path_factory.mktemp("sampled") / "out"
+    return run_dump(dump_settings(teacher_folder, chats, output, keep=keep, temperatures=[1])).folder
+
+
 def settings(student: Path, output: Path, **changes: Any) -> TrainSettings:
     tree: dict[str, Any] = {
         "student": {"model": str(student)},
@@ -68,11 +76,19 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("kept", "temperature"), [("whole_dataset", 1.0), ("whole_dataset", 2.0), ("whole_sample", 1.0)]
+)
 def test_first_step_equals_dense_distillation_written_by_hand(
-    temperature: float, student_folder: Path, teacher_folder: Path, whole_dataset: Path, tmp_path: Path
+    kept: str,
+    temperature: float,
+    student_folder: Path,
+    teacher_folder: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ):
     """Off-by-one, T² without gradient, means of means and KL over the prompt would each show here."""
+    whole_dataset = request.getfixturevalue(kept)
     Trainer(
         settings(
             student_folder, tmp_path / "out", data__dataset=str(whole_dataset), steps=1, rows_per_step=24,
@@ -105,7 +121,7 @@ def test_first_step_equals_dense_distillation_written_by_hand(
     assert step["positions"] == num_labels
     assert step["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     assert step["ce"] == pytest.approx(float(ce_sum.detach()) / num_labels, rel=1e-4)
-    assert step["kl"] == pytest.approx(float(kl_sum.detach()) / num_labels, rel=1e-4)
+    assert step["kd"] == pytest.approx(float(kl_sum.detach()) / num_labels, rel=1e-4)
     assert step["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
@@ -143,7 +159,7 @@ def test_padding_has_no_influence_on_any_position(student_folder: Path, dataset:
 
 
 def losses(trainer: Trainer, rows: list[LogitRow]) -> Any:
-    return trainer.student.losses(rows, trainer.objective, tail_index=trainer.tail_index, denominator=1.0)
+    return trainer.student.losses(rows, trainer.objective, temperature_index=trainer.temperature_index, denominator=1.0)
 
 
 def _with_other_tokens(row: LogitRow) -> LogitRow:
@@ -201,7 +217,7 @@ def test_plain_sft_reads_text_and_needs_no_dataset(student_folder: Path, chats: 
     Trainer(settings(student_folder, tmp_path / "again", **text)).run()
     entries = [[e["loss"] for e in log_of(tmp_path / name) if "loss" in e] for name in ("text", "again")]
     assert entries[0] == entries[1], "same seed, same losses"
-    assert "kl" not in log_of(tmp_path / "text")[-1]
+    assert "kd" not in log_of(tmp_path / "text")[-1]
     weights, before = weights_of(tmp_path / "text/model"), weights_of(student_folder)
     assert any(not torch.equal(weights[name], before[name]) for name in before)
 
@@ -231,24 +247,52 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(student_folder: Path
 
 
 def test_an_undeclared_temperature_is_refused(student_folder: Path, dataset: Path, tmp_path: Path):
-    with pytest.raises(MismatchError, match=r"temperature 3 is not among the dataset's \[1\.0, 2\.0\]"):
+    with pytest.raises(MismatchError, match=r"temperature 3 is not among the \[1\.0, 2\.0\] of (.|\n)*next: train at"):
         Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), loss__temperature=3))
 
 
-def test_a_threshold_dataset_is_refused_for_distillation_and_taken_for_its_labels(
-    teacher_folder: Path, student_folder: Path, chats: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        ({"divergence": "jsd"}, "sampled ids estimate forward_kl at temperature 1 and nothing else, got jsd"),
+        ({"divergence": "reverse_kl"}, "got reverse_kl"),
+        ({"tail": "bucket"}, "sampled ids have no tail to bucket"),
+        ({"temperature": 2.0}, "got forward_kl at temperature 2"),
+    ],
+)
+def test_a_sampled_teacher_is_refused_what_it_cannot_answer(
+    loss: dict[str, Any], reason: str, whole_sample: Path, tmp_path: Path
 ):
-    """Its weights have no tail, and a loss that took them for probabilities would teach something else."""
-    sampled = run_dump(
-        dump_settings(teacher_folder, chats, tmp_path / "sampled", keep={"method": "threshold"}, temperatures=[1])
-    )
-    data = {"data__dataset": str(sampled.folder)}
-    with pytest.raises(MismatchError, match=r"(?s)kept by threshold.*next: dump with keep.method: topk"):
-        Trainer(settings(student_folder, tmp_path / "out", **data))
+    """Before the student is loaded: there is none here."""
+    with pytest.raises(MismatchError, match=rf"(?s)was kept by threshold.*{reason}.*next: .*or dump with keep.method"):
+        Trainer(settings(tmp_path / "none", tmp_path / "out", data__dataset=str(whole_sample), loss=loss))
+
+
+def test_a_student_learns_from_a_sampled_teacher(
+    student_folder: Path, teacher_folder: Path, chats: Path, whole_sample: Path, tmp_path: Path
+):
+    """What is measured is the exact divergence, which the sample of the training never shows."""
+    keep = {"method": "threshold", "tau": 0.02}
+    sampled = run_dump(dump_settings(teacher_folder, chats, tmp_path / "sampled", keep=keep, temperatures=[1]))
     result = Trainer(
-        settings(student_folder, tmp_path / "sft", **data, loss__kd_weight=0, held_out__fraction=0.2)
-    ).run()
-    assert result["held_out"]["kl"] is None
+        settings(
+            student_folder, tmp_path / "out", data__dataset=str(sampled.folder), steps=30, loss__kd_weight=1.0,
+            held_out__data={"dataset": str(whole_sample)}, evaluate_every=30,
+        )
+    ).run()  # fmt: skip
+    before = next(entry["held_out"]["kl"] for entry in log_of(tmp_path / "out") if "held_out" in entry)
+    assert result["held_out"]["kl"] < 0.8 * before
+
+
+def test_reverse_kl_is_refused_where_it_is_infinite(student_folder: Path, whole_dataset: Path, tmp_path: Path):
+    """Everything is kept, so the tail is empty: finite for a student of this vocabulary, not for one with more ids."""
+    changes: dict[str, Any] = {"data__dataset": str(whole_dataset), "loss__divergence": "reverse_kl", "steps": 1}
+    Trainer(settings(student_folder, tmp_path / "out", **changes)).run()
+    wider = make_model(tmp_path / "wider", vocab_size=V + 4)
+    make_tokenizer(wider)
+    with pytest.raises(MismatchError, match=r"row \S+, position \d+: the teacher's tail is empty(.|\n)*next: take"):
+        Trainer(settings(wider, tmp_path / "wide", **changes)).run()
+    Trainer(settings(wider, tmp_path / "jsd", **changes | {"loss__divergence": "jsd"})).run()
 
 
 def test_rows_longer_than_the_students_context_are_refused(dataset: Path, tmp_path: Path):
