@@ -31,7 +31,7 @@ from shared.device import block_bytes
 from shared.models import OutputHead
 from student_train.loss import StudentView, Targets, per_position
 from student_train.objective import Objective
-from student_train.sharded import whole
+from student_train.ranks import whole
 
 CHUNK_BYTES = 320 << 20
 CHUNK_ROWS = (256, 2048)
