@@ -4,6 +4,9 @@
 #   make check        ruff, pyright and the fast tests
 #   make test-full    the long matrices as well
 #   make bench-codec  how small a dataset is and how fast; ARGS="--logits FILE.npz" for a real teacher's
+#   make bench-loss   what the loss costs in time and memory beside rivals; ARGS="--shape N,D,V,dtype" for another size
+#   make bench-train  what a step with distillation costs beside one without
+#   make bench-sampling  bytes and gradient noise of sampled teachers, beside RS-KD's
 #   make bench-text   how fast text becomes rows; ARGS="--tokenizer FOLDER --files FILE…" for real ones
 # Where PyPI's torch would bring CUDA along: make … PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -12,7 +15,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint test-full bench-codec bench-text install clean
+.PHONY: quickstart test check lint test-full bench-codec bench-loss bench-train bench-sampling bench-text install clean
 
 install: $(VENV)/installed
 
@@ -32,6 +35,15 @@ test-full: install
 
 bench-codec: install
 	$(BIN)/python -m tests.bench.codec $(ARGS)
+
+bench-loss: install
+	$(BIN)/python -m tests.bench.loss $(ARGS)
+
+bench-train: install
+	$(BIN)/python -m tests.bench.train $(ARGS)
+
+bench-sampling: install
+	$(BIN)/python -m tests.bench.sampling $(ARGS)
 
 bench-text: install
 	$(BIN)/python -m tests.bench.text $(ARGS)

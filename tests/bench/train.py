@@ -36,7 +36,7 @@ from student_train.train import make_optimizer
 from tests.bench.loss import seconds_of
 from tests.tiny import make_model, make_tokenizer
 
-ROW_TOKENS, KEPT, LAYERS, HIDDEN = 257, 64, 12, 640
+ROW_TOKENS, KEPT, LAYERS, HIDDEN = 257, 64, 15, 640
 STEPS = {
     "sft": Objective(kd_weight=0.0),
     "kd": Objective(kd_weight=0.9),
