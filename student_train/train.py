@@ -26,6 +26,7 @@ from shared.rows import Row
 from student_train.config import OptimizerSettings, TrainSettings
 from student_train.evaluate import HeldOutMeans, evaluate
 from student_train.objective import Objective
+from student_train.ranks import mean_over_ranks
 from student_train.sources import Source
 from student_train.stream import Stream, is_held_out
 from student_train.student import Student
@@ -66,9 +67,10 @@ class Trainer:
             )
         self.objective, self.temperature_index = find_objective(settings)
         torch.manual_seed(settings.seed)
+        self._device = pick_device(settings.device)
         self.student = Student(
             settings.student,
-            device=pick_device(settings.device),
+            device=self._device,
             batch_tokens=settings.batch_tokens,
             chunk_positions=settings.loss.chunk_positions,
         )
@@ -139,7 +141,7 @@ class Trainer:
     def _step(self, rows: list[Row]) -> dict[str, float]:
         begin_s = time.monotonic()
         model = self.student.model.train()
-        denominator = float(sum(row.num_positions for row in rows))
+        denominator = mean_over_ranks(float(sum(row.num_positions for row in rows)), self._device)
         loss = ce = kd = 0.0
         for sums in self.student.losses(
             rows, self.objective, temperature_index=self.temperature_index, denominator=denominator

@@ -114,6 +114,7 @@ def test_neither_chunk_nor_block_changes_anything(
     fused(hidden, head, said, objective, chunk_positions=N).total.backward()
     monkeypatch.setattr("student_train.fused_linear.SMALLEST_ROWS", 2)
     monkeypatch.setattr("student_train.fused_linear.block_bytes", lambda _device: 2 * 4 * V)
+    monkeypatch.setattr("student_train.fused_linear.WEIGHT_ROWS", 10)
     again, same_head = student(dtype=dtype)
     fused(again, same_head, said, objective, chunk_positions=chunk_positions).total.backward()
     # In bf16 the output matrix's gradient is rounded once a chunk.
