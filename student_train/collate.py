@@ -40,9 +40,14 @@ def targets_of(
     teacher = Positions.concatenate(teachers)
     if objective.divergence == "reverse_kl":
         _require_tails(rows, teacher, temperature_index, vocab_size)
-    return make_targets(labels_N, weights_N, teacher, temperature_index=temperature_index, vocab_size=vocab_size).to(
-        device
-    )
+    return make_targets(
+        labels_N,
+        weights_N,
+        teacher,
+        temperature=objective.temperature,
+        temperature_index=temperature_index,
+        vocab_size=vocab_size,
+    ).to(device)
 
 
 def make_targets(
@@ -50,10 +55,13 @@ def make_targets(
     weight_N: NDArray[Any],
     teacher: Positions | None,
     *,
+    temperature: float = 1.0,
     temperature_index: int = 0,
     vocab_size: int,
 ) -> Targets:
     """Checked targets from arrays, on the CPU.  A teacher without tails is a sample with weights.
+
+    `temperature_index` is the column of `tail_logsum_PT` that holds the tail at `temperature`.
 
     Raises:
         ValueError: not one distribution per label; an id outside the vocabulary or twice at one position; a number
@@ -63,13 +71,13 @@ def make_targets(
     _require(np.shape(weight_N) == (num_positions,), f"{num_positions} labels need as many weights")
     _require_each((label_ids_N >= 0) & (label_ids_N < vocab_size), f"a label in [0, {vocab_size})", label_ids_N)
     _require_each(np.isfinite(weight_N) & (weight_N >= 0), "a finite weight that is not negative", weight_N)
+    has_tails = teacher is not None and teacher.tail_logsum_PT.shape[1] > 0
     kept, tail_N, entropy_N = _rectangle(None, num_positions), np.zeros(num_positions), np.zeros(num_positions)
     if teacher is not None:
         _require(
             teacher.num_positions == num_positions,
             f"{num_positions} labels need as many distributions, got {teacher.num_positions}",
         )
-        has_tails = teacher.tail_logsum_PT.shape[1] > 0
         tail_N = teacher.tail_logsum_PT[:, temperature_index] if has_tails else tail_N
         entropy_N = teacher.entropy_P
         _check_kept(teacher, vocab_size)
@@ -84,11 +92,12 @@ def make_targets(
         "tail_logsum_N": tail_N.astype(np.float32),
         "entropy_N": entropy_N.astype(np.float32),
     }
-    return Targets(**{name: torch.from_numpy(array) for name, array in (arrays | kept).items()})
+    tensors = {name: torch.from_numpy(array) for name, array in (arrays | kept).items()}
+    return Targets(**tensors, tail_at=temperature if has_tails else None)
 
 
 def _rectangle(teacher: Positions | None, num_positions: int) -> dict[str, NDArray[Any]]:
-    """Padding repeats a position's first id, as `fused_linear` expects."""
+    """Padding repeats a position's first id."""
     counts_N = np.zeros(num_positions, dtype=np.int64) if teacher is None else teacher.kept_counts_P
     widest = int(counts_N.max(initial=0))
     # A teacher has a column even where it keeps nothing: no column at all means no teacher.

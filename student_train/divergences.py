@@ -23,7 +23,7 @@ def forward_kl(log_p_nB: Tensor, log_q_nB: Tensor) -> Tensor:
 
 
 def reverse_kl(log_p_nB: Tensor, log_q_nB: Tensor) -> Tensor:
-    """KL(q ‖ p).  Infinite where p is 0 and q is not: the caller refuses that (`collate.require_tails`)."""
+    """KL(q ‖ p).  Infinite where p is 0 and q is not: the caller refuses that (`collate._require_tails`)."""
     return forward_kl(log_q_nB, log_p_nB)
 
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from shared.device import block_bytes
@@ -62,7 +64,12 @@ def fused_linear_loss(
     Differentiable once, with respect to the hidden states and to the head's weight and bias, sharded or not; what is
     frozen costs nothing.  `chunk_positions` are the positions whose logits live at once; None takes what fits into
     320 MiB, 256 to 2048.
+
+    Raises:
+        ValueError: hidden states, weight and targets of unlike sizes; targets made for another temperature or tail;
+            products in float16, where a gradient divided by a step's tokens is 0 before a loss scale can save it.
     """
+    _require_fitting(hidden_ND, head, targets, objective, denominator, chunk_positions)
     total, ce, kd = _FusedLinearLoss.apply(
         hidden_ND,
         whole(head.weight_VD, hidden_ND.dtype),
@@ -75,6 +82,35 @@ def fused_linear_loss(
         torch.is_grad_enabled(),
     )
     return LossSums(total=total, ce=ce, kd=kd)
+
+
+def _require_fitting(
+    hidden_ND: Tensor,
+    head: OutputHead,
+    targets: Targets,
+    objective: Objective,
+    denominator: float,
+    chunk_positions: int | None,
+) -> None:
+    """By shapes and settings alone, which need not wait for a device."""
+    num_positions, hidden_size = len(targets.label_N), head.weight_VD.shape[1]
+    if tuple(hidden_ND.shape) != (num_positions, hidden_size):
+        raise ValueError(
+            f"{num_positions} targets and a weight of {tuple(head.weight_VD.shape)} need hidden states of "
+            f"({num_positions}, {hidden_size}), got {tuple(hidden_ND.shape)}"
+        )
+    expected = None if objective.tail == "none" else objective.temperature
+    if targets.num_kept and targets.tail_at != expected:
+        raise ValueError(
+            f"tail: {objective.tail} at temperature {objective.temperature:g} needs targets with tail_at {expected} "
+            f"(None: sampled ids, no tail), got {targets.tail_at}"
+        )
+    if _product_dtype(hidden_ND) == torch.float16:
+        raise ValueError("the fused loss needs bfloat16 or float32 products, got float16: gradients would become 0")
+    if denominator <= 0 or (chunk_positions is not None and chunk_positions < 1):
+        raise ValueError(
+            f"denominator is above 0 and chunk_positions at least 1, got {denominator} and {chunk_positions}"
+        )
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -100,7 +136,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and needs_bias else None
         is_differentiated = needs_hidden or needs_weight or needs_bias
-        sums_3 = torch.zeros(3, device=hidden_ND.device)
+        sums_3 = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
         for begin, end, num_rows in chunk.runs(len(hidden_ND)):
             hidden_nD = F.pad(hidden_ND[begin:end].to(dtype), (0, 0, 0, num_rows - (end - begin)))
             product_nV = torch.mm(hidden_nD, head.weight_VD.T, out=chunk.product_nV[:num_rows])
@@ -129,7 +165,8 @@ class _FusedLinearLoss(torch.autograd.Function):
         return total, ce, kd
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.gradients is None:
             raise RuntimeError("the fused loss can be differentiated once: its gradients are handed on, not kept")
         gradients, ctx.gradients = ctx.gradients, None
@@ -160,7 +197,7 @@ class _Chunk:
         block_rows = min(num_rows, max(SMALLEST_ROWS, _power_of_two_within(block_bytes(device) // (4 * vocab_size))))
 
         def rows_of_fp32() -> Tensor:
-            return torch.empty(block_rows, vocab_size, device=device)
+            return torch.empty(block_rows, vocab_size, dtype=torch.float32, device=device)
 
         return _Chunk(
             product_nV=torch.empty(num_rows, vocab_size, dtype=dtype, device=device),
@@ -198,18 +235,24 @@ def _differentiate_(
     slope = _head_slope(head, logits_bV)  # while the logits are still whole
     label_b1 = targets.label_N[:, None]
     label_logit_b, kept_bK = logits_bV.gather(1, label_b1).squeeze(1), logits_bV.gather(1, targets.kept_ids_NK)
-    is_all_kept_b = _mask_kept_(logits_bV, kept_bK, targets)
-    temperature = objective.temperature
+    off_b = _mask_kept_(logits_bV, kept_bK, targets)
+    # Whatever all logits of a position have in common is taken off: at 1e3 it would cost their differences four digits.
+    shift_b = torch.cat([off_b[:, None], kept_bK.masked_fill(~targets.is_kept_NK, -torch.inf)], dim=1).amax(dim=1)
+    largest_b, temperature = off_b - shift_b, objective.temperature
     if tempered_bV is not None:
         tempered_bV = torch.div(logits_bV, temperature, out=tempered_bV[: len(logits_bV)])
-    plain_lse_b = _softmax_(logits_bV).masked_fill(is_all_kept_b, -torch.inf)
-    inputs = [kept_bK, label_logit_b, plain_lse_b]
+    inputs = [kept_bK - shift_b[:, None], label_logit_b - shift_b, largest_b + _softmax_(logits_bV)]
     if tempered_bV is not None:
-        inputs.append(_softmax_(tempered_bV).masked_fill(is_all_kept_b, -torch.inf))
-    with torch.enable_grad():
+        inputs.append(largest_b / temperature + _softmax_(tempered_bV))
+    # Hooks of a checkpoint around the loss are not for what is differentiated here and now.
+    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
         leaves = [tensor.detach().requires_grad_(is_differentiated) for tensor in inputs]
         student = StudentView(
-            kept_logits_nK=leaves[0], label_logit_n=leaves[1], lse_off_n=leaves[2], tempered_lse_off_n=leaves[-1]
+            kept_logits_nK=leaves[0],
+            label_logit_n=leaves[1],
+            lse_off_n=leaves[2],
+            tempered_lse_off_n=leaves[-1],
+            shift_n=shift_b,
         )
         per_position_3b = torch.stack(per_position(objective, student, targets))
         sums_3 = (targets.weight_N * per_position_3b).sum(dim=1)
@@ -221,38 +264,44 @@ def _differentiate_(
         logits_bV.mul_(d_off_b[:, None])
         if tempered_bV is not None:
             logits_bV.addcmul_(tempered_bV, (d_tempered_b[0] / temperature)[:, None])
-        # Padding of the kept ids adds zeros, so it may point anywhere.
+        # Padding of the kept ids adds zeros.
         logits_bV.scatter_add_(1, targets.kept_ids_NK, d_kept_bK).scatter_add_(1, label_b1, d_label_b[:, None])
         logits_bV.mul_(slope)
     return torch.cat([total.detach()[None], sums_3.detach()[1:]])
 
 
 def _mask_kept_(logits_bV: Tensor, kept_bK: Tensor, targets: Targets) -> Tensor:
-    """−inf at the kept ids.  Returns where all are kept [b]: there one stays, as a softmax needs one.
+    """−inf at the kept ids.  Returns the largest logit off them [b]; −inf where nothing is left.
 
-    Padding repeats a position's first kept id; where nothing is kept, it writes what was there.
+    There one kept logit comes back, as a softmax needs one: what is said of it then has a weight of 0.
     """
     if not targets.num_kept:
-        return torch.zeros(len(logits_bV), dtype=torch.bool, device=logits_bV.device)
-    ids_bK, is_kept_bK = targets.kept_ids_NK, targets.is_kept_NK
-    is_all_kept_b = is_kept_bK.sum(dim=1) == logits_bV.shape[1]
-    stays_bK = (is_all_kept_b[:, None] & (ids_bK == ids_bK[:, :1])) | ~is_kept_bK[:, :1]
-    logits_bV.scatter_(1, ids_bK, torch.where(stays_bK, kept_bK, -torch.inf))
-    return is_all_kept_b
+        return logits_bV.amax(dim=1)
+    # Padding does as the first kept id does; where nothing is kept, it writes what was there.
+    ids_bK = torch.where(targets.is_kept_NK, targets.kept_ids_NK, targets.kept_ids_NK[:, :1])
+    first_b1, has_kept_b1 = kept_bK[:, :1], targets.is_kept_NK[:, :1]
+    logits_bV.scatter_(1, ids_bK, torch.where(has_kept_b1, -torch.inf, first_b1).expand_as(ids_bK))
+    off_b = logits_bV.amax(dim=1)
+    stays_b1 = torch.isneginf(off_b)[:, None] | ~has_kept_b1
+    logits_bV.scatter_(1, ids_bK[:, :1], torch.where(stays_b1, first_b1, -torch.inf))
+    return off_b
 
 
 def _softmax_(z_bV: Tensor) -> Tensor:
-    """In place of z; returns logsumexp(z) [b], exact for a tail of any size: the largest probability is ≥ 1/V."""
-    largest_b = z_bV.amax(dim=1)
+    """In place of z; returns logsumexp(z) − max(z) [b], exact for a tail of any size: max softmax is 1/V at least."""
     torch.softmax(z_bV, dim=1, out=z_bV)
-    return largest_b - z_bV.amax(dim=1).log()
+    return -z_bV.amax(dim=1).log()
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _head_slope(head: OutputHead, logits_bV: Tensor) -> Tensor | float:
     """d logits / d product: scale, and 1 − (z / softcap)² under a softcap."""
     if head.softcap is None:
         return head.scale
-    return head.scale * (1 - (logits_bV / head.softcap) ** 2)
+    return logits_bV.div(head.softcap).square_().neg_().add_(1.0).mul_(head.scale)
 
 
 def _accumulate(d_weight_VD: Tensor, d_product_nV: Tensor, hidden_nD: Tensor) -> None:

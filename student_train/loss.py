@@ -16,7 +16,8 @@ Shapes: n positions of a chunk, K most kept ids of a position (shorter ones are 
 B = K + 1 outcomes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Targets:
     weight_N: Tensor
     """c_i ≥ 0; a position of weight 0 has no influence."""
     kept_ids_NK: Tensor
-    """Distinct within a position; padding repeats its first, and follows all that is kept."""
+    """Distinct within a position; padding follows all that is kept."""
     kept_logp_NK: Tensor
     """Log p at T = 1, or log weights where the ids are a sample."""
     is_kept_NK: Tensor
@@ -45,6 +46,8 @@ class Targets:
     """At the objective's temperature; −inf is an empty tail.  Unused where the ids are a sample."""
     entropy_N: Tensor
     """The teacher's, in nats, over its whole vocabulary; used where the ids are a sample."""
+    tail_at: float | None
+    """The temperature that the tail is at; None where the ids are a sample, or there is no teacher."""
 
     @property
     def num_kept(self) -> int:
@@ -52,20 +55,19 @@ class Targets:
         return self.kept_ids_NK.shape[1]
 
     def __getitem__(self, rows: slice) -> "Targets":
-        return Targets(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+        return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> "Targets":
-        return Targets(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+        return self._each(lambda tensor: tensor.to(device))
 
     def padded(self, num_rows: int) -> "Targets":
         """With positions of weight 0 at the end, that keep nothing and have all their mass in the tail."""
         missing = num_rows - len(self.label_N)
-        if not missing:
-            return self
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Targets(
-            **{name: F.pad(value, (0, 0) * (value.ndim - 1) + (0, missing)) for name, value in fields.items()}
-        )
+        return self._each(lambda tensor: F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, missing))) if missing else self
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ class StudentView:
     """logsumexp of the logits that are not kept; −inf where all are."""
     tempered_lse_off_n: Tensor
     """The same of logits / T; the very same tensor at T = 1."""
+    shift_n: Tensor
+    """What was taken off all logits before (and off them / T as shift / T); nothing but z-loss asks for it."""
 
 
 def per_position(objective: Objective, student: StudentView, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +91,7 @@ def per_position(objective: Objective, student: StudentView, targets: Targets) -
     ce_n = lse_n - student.label_logit_n
     total_n = (1 - objective.kd_weight) * ce_n
     if objective.z_loss:
-        total_n = total_n + objective.z_loss * lse_n.square()
+        total_n = total_n + objective.z_loss * (lse_n + student.shift_n).square()
     if not targets.num_kept:
         return total_n, ce_n, torch.zeros_like(ce_n)
     divergence = _sampled_kl if objective.tail == "none" else _divergence

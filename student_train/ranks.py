@@ -25,7 +25,8 @@ def mean_over_ranks(value: float, device: torch.device) -> float:
 def whole(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The parameter as one plain tensor, gathered in `dtype` where it is sharded; as it is where it is not.
 
-    On the way back the ranks' gradients are averaged and scattered, as DDP and FSDP2 do it with all others.
+    On the way back the ranks' gradients are averaged and scattered, as DDP and FSDP2 do it with all others; in `dtype`,
+    and in every pass, whatever FSDP2 was told of its own reductions.
     """
     if not isinstance(parameter, DTensor):
         return parameter

@@ -104,6 +104,7 @@ class Inputs:
             is_kept_NK=torch.ones_like(ids, dtype=torch.bool),
             tail_logsum_N=outcomes[:, -1].contiguous(),
             entropy_N=torch.zeros(n, device=device),
+            tail_at=1.0,
         )
 
     def variants(self) -> dict[str, Callable[[], Tensor]]:
@@ -115,7 +116,7 @@ class Inputs:
         labels = Targets(**{**vars(self.targets), **no_teacher})
         found = {
             "ours": lambda: self.ours(self.targets, kd_weight=KD_WEIGHT),
-            "ours_t2": lambda: self.ours(self.targets, kd_weight=KD_WEIGHT, temperature=2.0),
+            "ours_t2": lambda: self.ours(replace(self.targets, tail_at=2.0), kd_weight=KD_WEIGHT, temperature=2.0),
             "ours_jsd": lambda: self.ours(self.targets, kd_weight=KD_WEIGHT, divergence="jsd"),
             "ours_sft": lambda: self.ours(labels, kd_weight=0.0),
             "ours_frozen": lambda: self.ours(self.targets, weight=self.weight.detach(), kd_weight=KD_WEIGHT),

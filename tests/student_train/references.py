@@ -77,7 +77,9 @@ def lesson(
         weights_NV=log_weights_NV.exp().masked_fill(~kept_NV, 0.0),
         label_N=label_N,
         weight_N=weight_N,
-        targets=make_targets(label_N.numpy(), weight_N.numpy(), teacher, vocab_size=vocab_size),
+        targets=make_targets(
+            label_N.numpy(), weight_N.numpy(), teacher, temperature=temperature, vocab_size=vocab_size
+        ),
     )
 
 
