@@ -14,8 +14,8 @@ A chunk has the rows that matrix products want, a block of it those that element
 ever fp32.  The last chunk is padded to a power of two, so that a device which compiles for shapes meets a handful.
 
 Shapes: N positions, n positions of a chunk, b positions of a block, D hidden, V vocabulary, K kept.
-Memory: n × V in the dtype of the products and b × V in fp32 (b × V once more at T ≠ 1), plus the gradients: [N, D] and,
-    unless it is frozen, [V, D] in fp32.
+Memory: n × V in the dtype of the products and b × V in fp32 (once more at T ≠ 1, and once under a softcap), plus the
+    gradients: [N, D] and, unless it is frozen, [V, D] in fp32; under autocast a copy of the weight in its dtype.
 Time: one linear cross-entropy plus gathers of N × K.
 """
 
