@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
@@ -59,8 +58,9 @@ def fused_linear_loss(
     denominator: float,
     chunk_positions: int | None = None,
 ) -> LossSums:
-    """The objective over N positions, divided by `denominator` (Σ c over all ranks and accumulation steps).
+    """The objective over N positions, divided by `denominator`: Σ c over all accumulation steps of all ranks.
 
+    Where gradients of ranks are averaged and not summed, pass `ranks.mean_over_ranks` of Σ c instead.
     Differentiable once, with respect to the hidden states and to the head's weight and bias, sharded or not; what is
     frozen costs nothing.  `chunk_positions` are the positions whose logits live at once; None takes what fits into
     320 MiB, 256 to 2048.
@@ -165,8 +165,9 @@ class _FusedLinearLoss(torch.autograd.Function):
         return total, ce, kd
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # as under create_graph alone
+            raise RuntimeError("the fused loss has no second derivative: a gradient of its gradient would be 0")
         if ctx.gradients is None:
             raise RuntimeError("the fused loss can be differentiated once: its gradients are handed on, not kept")
         gradients, ctx.gradients = ctx.gradients, None

@@ -17,7 +17,7 @@ def mean_over_ranks(value: float, device: torch.device) -> float:
     """The mean of what every rank passes; the value itself where there is one process."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
-    total = torch.tensor(value, device=device)
+    total = torch.tensor(value, dtype=torch.float32, device=device)
     distributed.all_reduce(total)
     return float(total) / distributed.get_world_size()
 
