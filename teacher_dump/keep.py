@@ -5,23 +5,28 @@ kept (mask, then reduce), never 1 − Σ of the kept: that is ≤ 0 in a tenth o
 
 Shapes: N positions of the chunk, V = the teacher's config.vocab_size, C candidate ids (k and the always-kept),
 A always-kept ids, T declared temperatures, E kept entries of all positions.
-Memory: twice N × V floats; `Threshold` also N × V marks.
+Memory: N × V floats, and a block of rows twice more (`Threshold`: also as marks).
+Time: two passes over memory and six over what the cache holds, two more for each temperature but 1.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.device import block_bytes
 from shared.rows import Positions
 
 FLOOR = torch.finfo(torch.float32).min  # a logit of −inf, as models give to padding, without −inf · 0 = NaN
 BLOCK = 512
+GROUP = 32
+SMALLEST_SUM = 1e-24
+"""Of exponentials: above it, what has underflowed (at most V · 1e-38) is no part of it."""
 BELOW_ONE = 1 - 2.0**-24
 
 
@@ -99,24 +104,48 @@ def keep_chunk(
 ) -> KeptChunk:
     """Stored values of N positions from their fp32 logits, which are overwritten.
 
-    `draws_N` are the positions' uniform numbers, for `Threshold` alone.  `KeptChunk.first_unscorable` tells whether
-    the logits were numbers.
+    `temperatures` begin with 1.  `draws_N` are the positions' uniform numbers, for `Threshold` alone.
+    `KeptChunk.first_unscorable` tells whether the logits were numbers.
     """
+    num_rows = max(1, block_bytes(logits_NV.device) // (16 * logits_NV.shape[1]))
+    scratch = torch.empty_like(logits_NV[:num_rows]), torch.empty_like(logits_NV[:num_rows])
+    blocks: list[KeptChunk] = []
+    for begin in range(0, len(logits_NV), num_rows):
+        rows = slice(begin, begin + num_rows)
+        block_NV = logits_NV[rows]
+        exp_NV, product_NV = (each_NV[: len(block_NV)] for each_NV in scratch)
+        draws = None if draws_N is None else draws_N[rows]
+        blocks.append(_keep_block(block_NV, realised_N[rows], rule, temperatures, draws, exp_NV, product_NV))
+    return KeptChunk(**{f.name: torch.cat([getattr(block, f.name) for block in blocks]) for f in fields(KeptChunk)})
+
+
+def _keep_block(
+    logits_NV: Tensor,
+    realised_N: Tensor,
+    rule: TopK | Threshold,
+    temperatures: Sequence[float],
+    draws_N: NDArray[np.float64] | None,
+    exp_NV: Tensor,
+    product_NV: Tensor,
+) -> KeptChunk:
+    """See `keep_chunk`; the last two are there to be written to."""
+    largest_NG = _group_largest(logits_NV)
     # log p = z − log Z, with z the logits shifted so that their largest is 0.
-    z_NV = logits_NV.sub_(logits_NV.amax(dim=1, keepdim=True))
+    z_NV = logits_NV.sub_(largest_NG.amax(dim=1, keepdim=True))
     z_NV.clamp_(min=FLOOR)
-    exp_NV = z_NV.exp()
+    torch.exp(z_NV, out=exp_NV)
     sum_N = exp_NV.sum(dim=1)
     log_Z_N = sum_N.log()
     # H = −Σ p log p = log Z − Σ e^z z / Z
-    entropy_N = (log_Z_N - torch.bmm(exp_NV[:, None, :], z_NV[:, :, None]).flatten() / sum_N).clamp_(min=0.0)
+    entropy_N = (log_Z_N - torch.mul(exp_NV, z_NV, out=product_NV).sum(dim=1) / sum_N).clamp_(min=0.0)
     realised_z_N = z_NV.gather(1, realised_N[:, None]).squeeze(1)
     realised_logp_N = realised_z_N.masked_fill(realised_z_N <= FLOOR, -torch.inf) - log_Z_N
     if isinstance(rule, TopK):
-        counts_N, ids_E, logp_E = _keep_largest(z_NV, log_Z_N, rule)
+        counts_N, ids_E, logp_E = _keep_largest(z_NV, log_Z_N, rule, largest_NG)
         row_E = torch.arange(len(z_NV), device=z_NV.device).repeat_interleave(counts_N)
         z_NV[row_E, ids_E] = -torch.inf
-        tails = [_tail_logsum(z_NV, log_Z_N, temperature, scratch_NV=exp_NV) for temperature in temperatures]
+        exp_NV[row_E, ids_E] = 0.0
+        tails = [_tail_logsum(z_NV, log_Z_N, temperature, exp_NV) for temperature in temperatures]
     else:
         assert draws_N is not None, "sampling needs a draw for each position"
         counts_N, ids_E, logp_E = _keep_sampled(z_NV, log_Z_N, exp_NV.div_(sum_N[:, None]), rule, draws_N)
@@ -131,9 +160,39 @@ def keep_chunk(
     )
 
 
-def _keep_largest(z_NV: Tensor, log_Z_N: Tensor, rule: TopK) -> tuple[Tensor, Tensor, Tensor]:
+def _group_largest(logits_NV: Tensor) -> Tensor:
+    """The largest of every GROUP logits [N, G]; the last group may be smaller."""
+    num_whole = logits_NV.shape[1] // GROUP
+    largest = [logits_NV[:, : num_whole * GROUP].unflatten(1, (num_whole, GROUP)).amax(dim=2)] if num_whole else []
+    if logits_NV.shape[1] % GROUP:
+        largest.append(logits_NV[:, num_whole * GROUP :].amax(dim=1, keepdim=True))
+    return torch.cat(largest, dim=1) if len(largest) > 1 else largest[0]
+
+
+def _largest(z_NV: Tensor, k: int, largest_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """The k largest and their ids [N, k].
+
+    They lie in the k groups with the largest maxima: an id of another group has k at least as large before it.  So
+    topk, which is slow over a vocabulary, goes over the groups and then over what they hold.
+    """
+    vocab_size = z_NV.shape[1]
+    num_whole = vocab_size // GROUP
+    if 2 * k > num_whole:
+        return z_NV.topk(min(k, vocab_size), dim=1)
+    group_Nk = largest_NG[:, :num_whole].topk(k, dim=1).indices
+    whole_NgG = z_NV[:, : num_whole * GROUP].unflatten(1, (num_whole, GROUP))
+    among_NM = whole_NgG.gather(1, group_Nk[:, :, None].expand(-1, -1, GROUP)).flatten(1)
+    rest = range(num_whole * GROUP, vocab_size)
+    if rest:
+        among_NM = torch.cat([among_NM, z_NV[:, rest.start :]], dim=1)
+    z_Nk, place_Nk = among_NM.topk(k, dim=1)
+    of_group_Nk = group_Nk.gather(1, (place_Nk // GROUP).clamp(max=k - 1)) * GROUP + place_Nk % GROUP
+    return z_Nk, torch.where(place_Nk < k * GROUP, of_group_Nk, place_Nk - k * GROUP + rest.start)
+
+
+def _keep_largest(z_NV: Tensor, log_Z_N: Tensor, rule: TopK, largest_NG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Counts, ids and log p of what is kept; an id of probability zero never is."""
-    z_NC, ids_NC = z_NV.topk(min(rule.k, z_NV.shape[1]), dim=1)
+    z_NC, ids_NC = _largest(z_NV, rule.k, largest_NG)
     is_kept_NC = (z_NC - log_Z_N[:, None]).exp() >= rule.min_prob
     is_kept_NC[:, 0] = True
     if rule.always_ids:
@@ -197,11 +256,22 @@ def _systematic_sample(inclusion_NV: Tensor, draws_N: NDArray[np.float64]) -> Te
     return is_drawn_NV
 
 
-def _tail_logsum(z_NV: Tensor, log_Z_N: Tensor, temperature: float, *, scratch_NV: Tensor) -> Tensor:
-    """log Σ p^(1/T) over the ids whose z is not −inf; shifted by their own largest, so that no tail underflows."""
+def _tail_logsum(z_NV: Tensor, log_Z_N: Tensor, temperature: float, exp_NV: Tensor) -> Tensor:
+    """log Σ p^(1/T) over the ids whose z is not −inf; `exp_NV` holds their e^z, and loses it at T other than 1."""
+    if temperature != 1.0:
+        torch.mul(z_NV, 1.0 / temperature, out=exp_NV).exp_()
+    sum_N = exp_NV.sum(dim=1)
+    tail_N = sum_N.log() - log_Z_N / temperature
+    is_small_N = ~(sum_N > SMALLEST_SUM)
+    if bool(is_small_N.any()):
+        tail_N[is_small_N] = _small_tail_logsum(z_NV[is_small_N], log_Z_N[is_small_N], temperature)
+    return tail_N
+
+
+def _small_tail_logsum(z_NV: Tensor, log_Z_N: Tensor, temperature: float) -> Tensor:
+    """The same, shifted by their own largest, so that no tail underflows."""
     largest_N = z_NV.amax(dim=1)
     shift_N = largest_N.masked_fill(torch.isneginf(largest_N), 0.0)
-    torch.sub(z_NV, shift_N[:, None], out=scratch_NV)
-    sum_N = scratch_NV.div_(temperature).exp_().sum(dim=1)
+    sum_N = z_NV.sub_(shift_N[:, None]).div_(temperature).exp_().sum(dim=1)
     tail_N = sum_N.log() + (shift_N - log_Z_N) / temperature
     return tail_N.masked_fill(largest_N <= FLOOR, -torch.inf)  # what is left has no probability at all

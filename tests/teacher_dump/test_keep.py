@@ -47,7 +47,7 @@ def assert_equals_truth(logits_NV: torch.Tensor, rule: TopK) -> None:
             assert position.tail_logsum_PT[0, j] == pytest.approx(tail, abs=1e-5, rel=1e-6)
 
 
-@pytest.mark.parametrize("vocab_size", [2, 17, 1001])
+@pytest.mark.parametrize("vocab_size", [2, 17, 1001, 4099])
 @pytest.mark.parametrize(
     "rule",
     [
@@ -61,6 +61,30 @@ def assert_equals_truth(logits_NV: torch.Tensor, rule: TopK) -> None:
 def test_stored_values_equal_the_full_distribution(vocab_size: int, rule: TopK):
     torch.manual_seed(vocab_size)
     assert_equals_truth(torch.randn(13, vocab_size) * torch.logspace(-1, 1.3, 13)[:, None], rule)
+
+
+@pytest.mark.parametrize("at", [[*range(20)], [*range(4089, 4099)], [0, 4098], [*range(31, 4099, 407)], [4095, 4096]])
+def test_the_largest_are_found_wherever_they_lie(at: list[int]):
+    """Together in one group of ids, each in its own, or behind the last whole group; some exactly as large."""
+    torch.manual_seed(1)
+    logits = torch.randn(3, 4099)
+    logits[:, at] = 9.0 + torch.arange(len(at)) // 2
+    for k in (1, len(at) - len(at) % 2, 33):
+        expected = torch.log_softmax(logits.double(), 1).topk(k).values.sort(dim=1).values
+        got = keep(logits, torch.zeros(3, dtype=torch.long), TopK(k=k, min_prob=0.0, always_ids=()))
+        assert got.kept_counts_P.tolist() == [k, k, k]
+        np.testing.assert_allclose(np.sort(got.kept_logp_E.reshape(3, k)), expected, atol=1e-5)
+        assert all(np.diff(ids).min(initial=1) > 0 for ids in got.kept_ids_E.reshape(3, k))
+
+
+def test_a_chunk_that_is_worked_off_in_blocks_gives_the_same(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(2)
+    logits, realised = torch.randn(13, 333) * 4, torch.arange(13)
+    rule = TopK(k=7, min_prob=0.001, always_ids=(5,))
+    whole = keep(logits, realised, rule)
+    monkeypatch.setattr("teacher_dump.keep.block_bytes", lambda _device: 16 * 333 * 4)
+    for name, values in vars(keep(logits, realised, rule)).items():
+        np.testing.assert_allclose(values, getattr(whole, name), rtol=1e-6, atol=1e-6)
 
 
 def test_a_tail_far_below_fp32_rounding_of_the_kept_mass_is_still_exact():
