@@ -1,7 +1,7 @@
 """Rows to padded batches.  The one place where the alignment of `shared.rows` becomes tensor indices.
 
 Padding stands on the right: under causal attention nothing to the right of a token reaches it, and hidden states
-are read at supervised positions only.
+are read at supervised positions only.  So no attention mask is needed, with which attention would be slower.
 
 Shapes: B rows of a batch, L its longest, N its supervised positions, D hidden.
 """
@@ -37,21 +37,21 @@ class PaddedBatch:
     """
 
     input_ids_BL: Tensor
-    attention_mask_BL: Tensor
     row_N: Tensor
     source_N: Tensor
     label_N: Tensor
 
     @staticmethod
-    def of(rows: Sequence[Row], device: torch.device) -> "PaddedBatch":
-        input_ids_BL = np.zeros((len(rows), max(row.num_tokens for row in rows)), dtype=np.int64)
-        attention_mask_BL = np.zeros_like(input_ids_BL)
+    def of(
+        rows: Sequence[Row], device: torch.device, *, width: int | None = None, height: int | None = None
+    ) -> "PaddedBatch":
+        """As wide as the longest row and as high as there are rows, or more where that is asked for."""
+        width = width or max(row.num_tokens for row in rows)
+        input_ids_BL = np.zeros((height or len(rows), width), dtype=np.int64)
         for index, row in enumerate(rows):
             input_ids_BL[index, : row.num_tokens] = row.input_ids_L
-            attention_mask_BL[index, : row.num_tokens] = 1
         arrays = {
             "input_ids_BL": input_ids_BL,
-            "attention_mask_BL": attention_mask_BL,
             "row_N": np.repeat(np.arange(len(rows)), [row.num_positions for row in rows]),
             "source_N": np.concatenate([row.source_index_P for row in rows]),
             "label_N": np.concatenate([row.label_ids_P for row in rows]).astype(np.int64),
@@ -60,7 +60,5 @@ class PaddedBatch:
 
     def hidden_at_positions(self, body: torch.nn.Module) -> Tensor:
         """One forward pass of a model's body; its hidden states [N, D] that predict the labels."""
-        hidden_BLD = body(
-            input_ids=self.input_ids_BL, attention_mask=self.attention_mask_BL, use_cache=False
-        ).last_hidden_state
+        hidden_BLD = body(input_ids=self.input_ids_BL, use_cache=False).last_hidden_state
         return hidden_BLD[self.row_N, self.source_N]

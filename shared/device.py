@@ -28,6 +28,28 @@ def pick_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def compiles_every_shape(device: torch.device) -> bool:
+    """Whether new shapes cost so much there that filling tensors up is cheaper: so on Ascend."""
+    return device.type == "npu"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # The CPU's allocator and some back ends raise a plain RuntimeError.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Give back what torch's allocator holds for later; a no-op on the CPU."""
+    empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()
+
+
 def block_bytes(device: torch.device) -> int:
     """How much fp32 a run of elementwise operations should go over at once.
 

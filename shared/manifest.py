@@ -78,6 +78,8 @@ class Teacher(Settings):
     architecture: str
     dtype: str
     vocab_size: int
+    engine: str | None = None
+    """What ran it, by name and version."""
     revision: str | None = None
     config_sha256: str | None = None
     weights_sha256: str | None = None

@@ -8,7 +8,6 @@ Shapes: N rows of hidden states, D hidden size, V = config.vocab_size.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,6 @@ import transformers
 from torch import Tensor, nn
 
 from shared.errors import MismatchError
-from shared.files import sha256_of_file
-from shared.fingerprint import sha256_of_json
-from shared.manifest import Teacher
 from shared.models_config import ModelSettings
 from shared.pretrained import foreign_errors
 
@@ -56,8 +52,14 @@ class OutputHead:
         return product_NV
 
 
-def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: torch.device) -> Any:
-    """A causal language model from safetensors, every weight accounted for.
+def load_model(
+    settings: ModelSettings,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: str | dict[str, int | str] | None = None,
+) -> Any:
+    """A causal language model from safetensors, every weight accounted for; with a `device_map` spread as it says.
 
     Raises:
         ConfigError: no such model, or one that needs remote code.
@@ -69,6 +71,7 @@ def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: tor
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             dtype=dtype,
+            device_map=device_map,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -79,25 +82,7 @@ def load_model(settings: ModelSettings, *, dtype: torch.dtype | str, device: tor
             f"the checkpoint {settings.model!r} lacks {len(lacking)} weights of its architecture, first {lacking[0]}",
             next_step="check that config.json and the weights belong to one model",
         )
-    return model.to(device)
-
-
-def model_identity(settings: ModelSettings, model: Any) -> Teacher:
-    """What makes this very model recognisable: Hub commit, or digests of its config and weights."""
-    config = model.config
-    identity: dict[str, Any] = {
-        "name": settings.model,
-        "architecture": type(model).__name__,
-        "vocab_size": config.get_text_config().vocab_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    folder = Path(settings.model)
-    if not folder.is_dir():
-        return Teacher(**identity, revision=getattr(config, "_commit_hash", None) or settings.revision)
-    weights = {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    return Teacher(
-        **identity, config_sha256=sha256_of_file(folder / "config.json"), weights_sha256=sha256_of_json(weights)
-    )
+    return model if device_map is not None else model.to(device)
 
 
 def split_model(model: Any) -> tuple[nn.Module, OutputHead]:

@@ -1,5 +1,7 @@
 """Which model to load.  Apart from `shared.models`, so that a config is checked without importing torch."""
 
+from pydantic import Field
+
 from shared.config import Settings
 
 
@@ -12,5 +14,7 @@ class ModelSettings(Settings):
     """Branch, tag or commit on the Hub."""
     tokenizer: str | None = None
     """Folder or Hub name of the tokenizer, where it isn't the model's."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Tokens of the longest row; null takes what the model's config says."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model.  Off: nothing foreign is executed."""

@@ -1,4 +1,4 @@
-"""What of a Hugging Face model can be had without torch: its tokenizer, and what its config says."""
+"""What of a Hugging Face model can be had without loading it: its tokenizer, its identity, what its config says."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,9 @@ from typing import Any
 import transformers
 
 from shared.errors import ConfigError
+from shared.files import sha256_of_file
+from shared.fingerprint import sha256_of_json
+from shared.manifest import Teacher
 from shared.models_config import ModelSettings
 
 
@@ -25,13 +28,47 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         )
 
 
-def context_tokens(settings: ModelSettings) -> int | None:
-    """The longest row that the model takes, from its config alone; None where it states no limit."""
+def load_config(settings: ModelSettings) -> Any:
+    """The model's config.
+
+    Raises:
+        ConfigError: there is none at that place, or it needs remote code.
+    """
     with foreign_errors("config", settings.model):
-        config = transformers.AutoConfig.from_pretrained(
+        return transformers.AutoConfig.from_pretrained(
             settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def context_tokens(settings: ModelSettings) -> int | None:
+    """The longest row that the model takes, as set or from its config alone; None where nothing states a limit."""
+    if settings.max_model_len is not None:
+        return settings.max_model_len
+    return getattr(load_config(settings).get_text_config(), "max_position_embeddings", None)
+
+
+def model_identity(settings: ModelSettings, *, dtype: str, engine: str) -> Teacher:
+    """What makes this very model recognisable: Hub commit, or digests of its config and weights.
+
+    `dtype` is that of the settings, where auto is the checkpoint's; `engine` is what runs the model.
+    """
+    config = load_config(settings)
+    if dtype == "auto":
+        dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    identity: dict[str, Any] = {
+        "name": settings.model,
+        "architecture": (config.architectures or [type(config).__name__])[0],
+        "vocab_size": config.get_text_config().vocab_size,
+        "dtype": dtype,
+        "engine": engine,
+    }
+    folder = Path(settings.model)
+    if not folder.is_dir():
+        return Teacher(**identity, revision=getattr(config, "_commit_hash", None) or settings.revision)
+    weights = {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    return Teacher(
+        **identity, config_sha256=sha256_of_file(folder / "config.json"), weights_sha256=sha256_of_json(weights)
+    )
 
 
 @contextmanager

@@ -5,23 +5,78 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shared.config import Settings
-from shared.manifest import MAX_TEMPERATURES, is_temperature
+from shared.manifest import MAX_TEMPERATURES, PlainSettings, is_temperature
 from shared.models_config import ModelSettings
 from shared.shard_writer import ZSTD_LEVEL
 from shared.text_config import TextSettings
 
 
+class VllmSettings(Settings):
+    """How vLLM runs one replica of the teacher."""
+
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Devices that share every layer."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Groups of devices that have some of the layers each."""
+    expert_parallel: bool = False
+    """A mixture's experts lie whole on one device each, instead of cut over all of them."""
+    backend: Literal["auto", "mp", "ray"] = "auto"
+    """What starts the workers: processes of this machine, or Ray, which reaches over several."""
+    quantization: str | None = None
+    """A method of vLLM's, such as fp8; null takes what the checkpoint says."""
+    memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Of a device's memory, for weights, cache and the logits of chunk_positions together."""
+    max_rows: int = Field(default=256, ge=1)
+    """Rows of one forward pass at most."""
+    enforce_eager: bool = False
+    """No CUDA graphs and no compilation: slower, starts at once."""
+    engine_args: PlainSettings = {}
+    """Any further argument of vllm.EngineArgs by its name, such as load_format, nnodes, kv_cache_memory_bytes."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _not_ours(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(arguments.keys() & OUR_ENGINE_ARGS):
+            raise ValueError(f"{taken[0]} is set by other settings of the teacher, or has to be what it is")
+        return arguments
+
+
+OUR_ENGINE_ARGS = {
+    "model", "revision", "tokenizer", "trust_remote_code", "dtype", "max_model_len", "max_num_batched_tokens",
+    "max_num_seqs", "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "quantization",
+    "distributed_executor_backend", "gpu_memory_utilization", "enforce_eager", "enable_prefix_caching", "worker_cls",
+    "worker_extension_cls", "skip_tokenizer_init", "speculative_config", "runner", "convert", "data_parallel_size",
+}  # fmt: skip
+
+
 class TeacherSettings(ModelSettings):
-    engine: Literal["transformers"] = "transformers"
-    """What runs the forward pass."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the forward pass.  vllm is for speed and for teachers larger than a device; transformers runs
+    everywhere."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto takes the checkpoint's.  Log-probabilities are fp32 in any case."""
-    device: str = "auto"
-    """auto takes the accelerator that torch finds, else the CPU."""
     batch_tokens: int = Field(default=8192, ge=1)
-    """Tokens of one forward pass, padding included; a longer row goes alone."""
+    """Tokens of one forward pass, padding included; a longer row goes alone (transformers) or in parts (vllm)."""
     chunk_positions: int = Field(default=256, ge=1)
-    """Positions whose logits live at once: twice chunk_positions × V floats."""
+    """Positions whose logits live at once, V numbers each in the model's dtype and in fp32."""
+    device: str = "auto"
+    """transformers: auto takes the accelerator that torch finds, else the CPU."""
+    device_map: Literal["auto"] | dict[str, int | str] | None = None
+    """transformers: spreads a teacher that is larger than a device over all there are; needs `accelerate`."""
+    static_shapes: bool | None = None
+    """transformers: fill lengths, batches and chunks up, so that few shapes occur; null does so on an NPU, where every
+    new shape is compiled."""
+    vllm: VllmSettings = VllmSettings()
+
+    @model_validator(mode="after")
+    def _settings_of_the_engine(self) -> "TeacherSettings":
+        others = {"transformers": ["vllm"], "vllm": ["device", "device_map", "static_shapes"]}[self.engine]
+        for name in others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not for engine: {self.engine}")
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("device and device_map exclude each other")
+        return self
 
 
 OF_METHOD = {"k": "topk", "min_prob": "topk", "tau": "threshold", "seed": "threshold"}

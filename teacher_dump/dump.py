@@ -1,50 +1,36 @@
 """Phase 1 from text files to a sealed dataset.
 
-The input is cut into units of consecutive records.  A first pass tokenizes everything, so that a bad record is
-found before the teacher has run for a night.  Then unit by unit: tokenize, score, encode, write the shard, and
-last a small record that says the unit is done.  Running again skips the units whose record and shard agree.
-When all are done the dataset is sealed: tokenizer, card, and last of all the manifest.
-
-On a crash the open unit is lost and done again; nothing half-written is ever visible under its final name.
+A first pass tokenizes everything, so that a bad record is found before the teacher has run for a night.  Then the
+units are dumped, as `units` describes.  When all are done the dataset is sealed: tokenizer, card, and last of all the
+manifest.
 """
 
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shared.card import dataset_card
-from shared.config import Settings
-from shared.dataset import CARD_NAME, TOKENIZER_FOLDER, LogitDataset, shard_path
-from shared.errors import ConfigError, MismatchError
+from shared.dataset import CARD_NAME, TOKENIZER_FOLDER, LogitDataset
+from shared.errors import MismatchError
 from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_file, sync_folder, write_atomically
 from shared.fingerprint import sha256_of_text, tokenizer_fingerprint
-from shared.manifest import MANIFEST_NAME, Input, InputFile, Manifest, Shard, read_manifest, write_manifest
+from shared.manifest import MANIFEST_NAME, Input, InputFile, Shard, Teacher, read_manifest, write_manifest
 from shared.pretrained import context_tokens, load_tokenizer
 from shared.progress import progress
 from shared.records import RecordReader
-from shared.rows import LogitRow, Row
-from shared.shard_writer import Storage, encode_shard
+from shared.shard_writer import Storage
 from shared.text_config import TextSettings
 from shared.text_rows import Tally, TextRows
-from teacher_dump.config import DumpSettings, KeepSettings
-from teacher_dump.keep import Threshold, TopK
+from teacher_dump.config import DumpSettings
+from teacher_dump.engines import open_engine, teacher_identity
+from teacher_dump.keep import Threshold, TopK, keep_rule
 from teacher_dump.plan import Plan, commit_plan
-from teacher_dump.transformers_engine import TransformersEngine
-
-WORK_FOLDER = ".logitferry"
+from teacher_dump.units import WORK_FOLDER, Units, records_of_present_shards, require_same_units
 
 logger = logging.getLogger("logitferry")
-
-
-class UnitRecord(Settings):
-    """Committed after its shard: the unit is done."""
-
-    shard: Shard | None
-    """None where every row of the unit was dropped."""
 
 
 def run_dump(settings: DumpSettings) -> LogitDataset:
@@ -62,24 +48,18 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
     rule = keep_rule(settings.keep, tokenizer)
     reader = RecordReader(settings.data)
     with TextRows(tokenizer, settings.data, context_tokens=context_tokens(settings.teacher)) as text:
-        tally, largest_id = _survey(reader, text)
-        engine = TransformersEngine(settings.teacher, rule, settings.temperatures)
-        vocab_size = engine.identity.vocab_size
-        largest_id = max(largest_id, *rule.always_ids, 0)
-        if largest_id >= vocab_size:
-            raise MismatchError(
-                f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {vocab_size}",
-                next_step="name the tokenizer that belongs to the teacher as teacher.tokenizer",
-            )
+        survey = _survey(reader, text)
+        identity = teacher_identity(settings.teacher)
+        require_in_vocabulary(max(survey.largest_id, *rule.always_ids, 0), identity)
         template = tokenizer.chat_template
         plan = Plan(
-            teacher=engine.identity,
-            vocab_size=vocab_size,
+            teacher=identity,
+            vocab_size=identity.vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.backend_tokenizer),
             chat_template_sha256=sha256_of_text(template) if isinstance(template, str) else None,
             keep=settings.keep.in_force(),
             temperatures=settings.temperatures,
-            input=_input_identity(settings.data, reader, tally),
+            input=_input_identity(settings.data, reader, survey.tally),
             unit_records=settings.unit_records,
         )
         if (output / MANIFEST_NAME).is_file():
@@ -88,15 +68,21 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
             if not sealed.manifest.missing:
                 shutil.rmtree(output / WORK_FOLDER)
                 return sealed
-            _require_same_units(output, sealed.manifest, plan)
+            require_same_units(output, sealed.manifest, plan)
             commit_plan(plan, output / WORK_FOLDER)  # first: what is unsealed must have a plan to be checked against
-            _unseal(output, sealed.manifest, plan)
+            records_of_present_shards(output, sealed.manifest, plan)
+            _unseal(output)
         commit_plan(plan, output / WORK_FOLDER)
-        untouched_logp = rule.sampled_logp if isinstance(rule, Threshold) else None
-        storage = Storage(max_kl=settings.keep.max_kl, zstd_level=settings.zstd_level, untouched_logp=untouched_logp)
-        units = Units(output=output, plan=plan, text=text, engine=engine, storage=storage)
-        shards = [shard for shard in units.shards(reader) if shard is not None]
-    if _input_identity(settings.data, reader, tally) != plan.input:
+        load = partial(open_engine, settings.teacher, identity, rule, settings.temperatures)
+        units = Units(
+            output=output,
+            plan=plan,
+            text=text,
+            storage=storage_of(settings, rule),
+            open_engine=partial(load, longest_row=survey.longest_row),
+        )
+        shards = units.shards(reader)
+    if _input_identity(settings.data, reader, survey.tally) != plan.input:
         raise MismatchError(
             f"{', '.join(settings.data.files)} changed while they were read: the dump is of neither version",
             next_step=f"remove {output} and dump again from files that stay as they are",
@@ -104,31 +90,41 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
     return _seal(output, plan, shards, tokenizer)
 
 
-def keep_rule(settings: KeepSettings, tokenizer: Any) -> TopK | Threshold:
-    """The rule with its always-kept tokens as ids; raises ConfigError for one that the tokenizer lacks."""
-    vocabulary = tokenizer.get_vocab()
-    unknown = [token for token in settings.always if token not in vocabulary]
-    if unknown:
-        raise ConfigError(
-            f"keep.always: the tokenizer has no token {unknown[0]!r}",
-            next_step="give tokens exactly as the tokenizer spells them",
-        )
-    ids = tuple(sorted({vocabulary[token] for token in settings.always}))
-    if settings.method == "threshold":
-        return Threshold(tau=settings.tau, seed=settings.seed, always_ids=ids)
-    return TopK(k=settings.k, min_prob=settings.min_prob, always_ids=ids)
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What is known of all rows before the teacher is loaded."""
+
+    tally: Tally
+    largest_id: int
+    longest_row: int
 
 
-def _survey(reader: RecordReader, text: TextRows) -> tuple[Tally, int]:
-    """Tokenize everything once: counts, the largest id, and every bad record before anything is run."""
-    tally, largest_id = Tally(), -1
+def _survey(reader: RecordReader, text: TextRows) -> Survey:
+    """Tokenize everything once: every bad record is found before anything is run."""
+    tally, largest_id, longest_row = Tally(), -1, 0
     with progress("read", None, "rows") as ticker:
         for row in text.rows(reader.records(), tally):
             largest_id = max(largest_id, int(row.input_ids_L.max()))
+            longest_row = max(longest_row, row.num_tokens)
             ticker.advance()
     logger.info("read: %s", tally.summary())
     tally.require_rows()
-    return tally, largest_id
+    return Survey(tally=tally, largest_id=largest_id, longest_row=longest_row)
+
+
+def require_in_vocabulary(largest_id: int, teacher: Teacher) -> None:
+    """Raises MismatchError for an id that the teacher does not have."""
+    if largest_id >= teacher.vocab_size:
+        raise MismatchError(
+            f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {teacher.vocab_size}",
+            next_step="name the tokenizer that belongs to the teacher as teacher.tokenizer",
+        )
+
+
+def storage_of(settings: DumpSettings, rule: TopK | Threshold) -> Storage:
+    """How the values of a dump are stored; the weight of a sampled id is a constant and is not rounded."""
+    untouched_logp = rule.sampled_logp if isinstance(rule, Threshold) else None
+    return Storage(max_kl=settings.keep.max_kl, zstd_level=settings.zstd_level, untouched_logp=untouched_logp)
 
 
 def _input_identity(settings: TextSettings, reader: RecordReader, tally: Tally) -> Input:
@@ -138,77 +134,8 @@ def _input_identity(settings: TextSettings, reader: RecordReader, tally: Tally) 
     return Input(files=files, settings=read_with, tally=asdict(tally))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Units:
-    """The pieces of a planned dump, each of which becomes one shard and its record."""
-
-    output: Path
-    plan: Plan
-    text: TextRows
-    engine: TransformersEngine
-    storage: Storage
-
-    def shards(self, reader: RecordReader) -> Iterator[Shard | None]:
-        """The shard of every unit in order, dumped now or found done; None for a unit that has no row."""
-        records = reader.records()
-        with progress("dump", self.plan.input.tally["records"], "records") as ticker:
-            for unit in range(self.plan.num_units):
-                batch = list(islice(records, self.plan.unit_records))
-                done = _read_unit_record(self.output, unit)
-                yield done.shard if done else self._dump(unit, list(self.text.rows(batch, Tally())))
-                ticker.advance(len(batch))
-
-    def _dump(self, unit: int, rows: list[Row]) -> Shard | None:
-        shard = self._write_shard(unit, rows) if rows else None
-        _write_unit_record(self.output, unit, shard)
-        return shard
-
-    def _write_shard(self, unit: int, rows: list[Row]) -> Shard:
-        scored = [
-            LogitRow(**vars(row), teacher=positions)
-            for row, positions in zip(rows, self.engine.score(rows), strict=True)
-        ]
-        path = shard_path(unit)
-        data, shard = encode_shard(scored, self.plan.row_format, self.storage, path)
-        write_atomically(self.output / path, memoryview(data))
-        return shard
-
-
-def _unit_record_path(output: Path, unit: int) -> Path:
-    return output / WORK_FOLDER / f"unit-{unit:05d}.json"
-
-
-def _write_unit_record(output: Path, unit: int, shard: Shard | None) -> None:
-    write_atomically(_unit_record_path(output, unit), UnitRecord(shard=shard).model_dump_json().encode())
-
-
-def _read_unit_record(output: Path, unit: int) -> UnitRecord | None:
-    """The record of a done unit whose shard is still there byte for byte; else None, and the unit is done again."""
-    try:
-        record = UnitRecord.model_validate_json(_unit_record_path(output, unit).read_bytes())
-        intact = record.shard is None or sha256_of_file(output / record.shard.path) == record.shard.sha256
-    except (OSError, ValueError):
-        return None
-    return record if intact else None
-
-
-def _require_same_units(output: Path, manifest: Manifest, plan: Plan) -> None:
-    """Raises MismatchError where the shards of a dataset are not the units of this plan."""
-    if manifest.unit_records != plan.unit_records:
-        then = manifest.unit_records
-        raise MismatchError(
-            f"{output}: {len(manifest.missing)} shards are missing, and "
-            + (f"its units had {then} records, not {plan.unit_records}" if then else "it was merged or filtered since"),
-            next_step=f"set unit_records: {then}" if then else "dump into another `output`, then merge or filter again",
-        )
-
-
-def _unseal(output: Path, manifest: Manifest, plan: Plan) -> None:
-    """Make a repaired dataset the unfinished dump that it is, so that its missing units are done again."""
-    present = {shard.path: shard for shard in manifest.shards}
-    for unit in range(plan.num_units):
-        if (path := shard_path(unit)) not in manifest.missing:
-            _write_unit_record(output, unit, present.get(path))
+def _unseal(output: Path) -> None:
+    """Make a repaired dataset, whose shards have unit records, the unfinished dump that it is."""
     (output / MANIFEST_NAME).replace(output / WORK_FOLDER / MANIFEST_NAME)
     sync_folder(output / WORK_FOLDER)
     sync_folder(output)

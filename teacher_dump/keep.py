@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.device import block_bytes
+from shared.errors import ConfigError
 from shared.rows import Positions
+from teacher_dump.config import KeepSettings
 
 FLOOR = torch.finfo(torch.float32).min  # a logit of −inf, as models give to padding, without −inf · 0 = NaN
 BLOCK = 512
@@ -64,6 +67,21 @@ class Threshold:
         return (np.frombuffer(digest, dtype="<u8") >> 11).astype(np.float64) * 2.0**-53
 
 
+def keep_rule(settings: KeepSettings, tokenizer: Any) -> TopK | Threshold:
+    """The rule with its always-kept tokens as ids; raises ConfigError for one that the tokenizer lacks."""
+    vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in settings.always if token not in vocabulary]
+    if unknown:
+        raise ConfigError(
+            f"keep.always: the tokenizer has no token {unknown[0]!r}",
+            next_step="give tokens exactly as the tokenizer spells them",
+        )
+    ids = tuple(sorted({vocabulary[token] for token in settings.always}))
+    if settings.method == "threshold":
+        return Threshold(tau=settings.tau, seed=settings.seed, always_ids=ids)
+    return TopK(k=settings.k, min_prob=settings.min_prob, always_ids=ids)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KeptChunk:
     """What N positions store, kept entries one after the other, ids ascending within a position."""
@@ -74,14 +92,6 @@ class KeptChunk:
     realised_logp_N: Tensor
     entropy_N: Tensor
     tail_logsum_NT: Tensor
-
-    def first_unscorable(self) -> int | None:
-        """Index of the first position that cannot be stored: no numbers, or a realised token ruled out for certain.
-
-        A NaN or +inf anywhere in a row makes the row's normaliser NaN, and with it every log p of the row.
-        """
-        bad_N = ~(torch.isfinite(self.realised_logp_N) & torch.isfinite(self.entropy_N))
-        return int(bad_N.nonzero()[0]) if bool(bad_N.any()) else None
 
     def positions(self) -> Positions:
         """As numpy arrays."""
@@ -105,7 +115,7 @@ def keep_chunk(
     """Stored values of N positions from their fp32 logits, which are overwritten.
 
     `temperatures` begin with 1.  `draws_N` are the positions' uniform numbers, for `Threshold` alone.
-    `KeptChunk.first_unscorable` tells whether the logits were numbers.
+    A NaN or +inf anywhere in a row makes its normaliser NaN, and with it its entropy and every log p.
     """
     num_rows = max(1, block_bytes(logits_NV.device) // (16 * logits_NV.shape[1]))
     scratch = torch.empty_like(logits_NV[:num_rows]), torch.empty_like(logits_NV[:num_rows])

@@ -11,6 +11,7 @@ from shared.manifest import FORMAT_VERSION, Event, Input, Manifest, Shard, Teach
 from shared.schema import RowFormat
 
 PLAN_NAME = "plan.json"
+ENGINE = "teacher.engine"
 
 
 class Plan(Settings):
@@ -59,6 +60,8 @@ class Plan(Settings):
         """
         now = _flat(self.model_dump(mode="json", exclude={"unit_records"}))
         then = _flat({key: earlier.get(key) for key in type(self).model_fields if key != "unit_records"})
+        if _name_of(then.get(ENGINE)) in (None, _name_of(now[ENGINE])):
+            then[ENGINE] = now[ENGINE]  # another version is no other engine; early dumps do not name it
         changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
         if changed:
             differences = "\n".join(f"  {key}: was {then.get(key)!r}, is {now.get(key)!r}" for key in changed)
@@ -84,6 +87,10 @@ def commit_plan(plan: Plan, work: Path) -> None:
             f"{path}: was planned with unit_records {earlier.unit_records}, now {plan.unit_records}",
             next_step="keep unit_records until the dump is sealed",
         )
+
+
+def _name_of(engine: str | None) -> str | None:
+    return engine.split()[0] if engine else None
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

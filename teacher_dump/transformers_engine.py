@@ -1,66 +1,111 @@
 """The teacher on plain transformers: one teacher-forced forward pass, the head on supervised positions only.
 
-Shapes: N supervised positions of a batch, D hidden, V vocabulary.
-Memory: the body's activations for batch_tokens, and twice chunk_positions × V floats.
+Rows of like length share a batch, so that little is computed for padding.  With static shapes, lengths are rounded up
+and batches and chunks filled, for devices that compile every new shape.
+
+Memory: the body's activations for batch_tokens, and the logits of a chunk; see `scoring.logits_bytes`.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from shared.batching import PaddedBatch, batches_by_length
-from shared.device import pick_device, pick_dtype
-from shared.errors import NonFiniteError
-from shared.models import load_model, model_identity, split_model
+from shared.device import compiles_every_shape, free_cached_memory, is_out_of_memory, pick_device, pick_dtype
+from shared.errors import LogitferryError
+from shared.manifest import Teacher
+from shared.models import load_model, split_model
 from shared.rows import Positions, Row
 from teacher_dump.config import TeacherSettings
-from teacher_dump.keep import Threshold, TopK, keep_chunk
+from teacher_dump.keep import Threshold, TopK
+from teacher_dump.scoring import Asked, Scorer
+
+LENGTH_MULTIPLE = 128
+
+logger = logging.getLogger("logitferry")
 
 
 class TransformersEngine:
     """Scores rows with a Hugging Face causal language model."""
 
-    def __init__(self, settings: TeacherSettings, rule: TopK | Threshold, temperatures: Sequence[float]) -> None:
-        self._settings, self._rule, self._temperatures = settings, rule, tuple(temperatures)
-        self._device = pick_device(settings.device)
-        dtype = settings.dtype if settings.dtype == "auto" else pick_dtype(settings.dtype)
-        model = load_model(settings, dtype=dtype, device=self._device).eval()
+    def __init__(
+        self, settings: TeacherSettings, identity: Teacher, rule: TopK | Threshold, temperatures: Sequence[float]
+    ) -> None:
+        self._rule = rule
+        device = pick_device(settings.device)
+        model = load_model(
+            settings, dtype=pick_dtype(identity.dtype), device=device, device_map=settings.device_map
+        ).eval()
         self._body, self._head = split_model(model)
-        self.identity = model_identity(settings, model)
-        self._vocab_size = self.identity.vocab_size
+        self._device = model.get_input_embeddings().weight.device
+        self._batch_tokens = settings.batch_tokens
+        self._is_static = settings.static_shapes
+        if self._is_static is None:
+            self._is_static = compiles_every_shape(self._device)
+        self._scorer = Scorer(
+            rule, temperatures, vocab_size=identity.vocab_size, chunk_positions=settings.chunk_positions
+        )
+        self._num_tokens = self._num_computed = 0
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Row]) -> list[Positions]:
-        """What the teacher says at every position of every row, in the order of the rows.
+    def score(self, units: Iterable[Sequence[Row]]) -> Iterator[list[Positions]]:
+        """See `scoring.Engine`.
 
         Raises:
-            NonFiniteError: NaN or infinite logits; names the row and the token.
+            LogitferryError: not even one row and one position fit into memory.
         """
-        scored: dict[int, Positions] = {}
-        for batch in batches_by_length([row.num_tokens for row in rows], self._settings.batch_tokens):
-            batch_rows = [rows[index] for index in batch]
-            scored.update(zip(batch, self._score_batch(batch_rows), strict=True))
-        return [scored[index] for index in range(len(rows))]
+        for rows in units:
+            lengths = [self._filled(row.num_tokens) for row in rows]
+            scored: dict[int, Positions] = {}
+            for batch in batches_by_length(lengths, self._batch_tokens):
+                scored.update(zip(batch, self._score_batch([rows[index] for index in batch]), strict=True))
+            yield [scored[index] for index in range(len(rows))]
+
+    def close(self) -> None:
+        """Say how much of the work was padding."""
+        if self._num_computed:
+            logger.info("padding: %.1f %% of the tokens computed", 100 * (1 - self._num_tokens / self._num_computed))
+
+    def _filled(self, length: int) -> int:
+        return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE if self._is_static else length
 
     def _score_batch(self, rows: list[Row]) -> list[Positions]:
-        batch = PaddedBatch.of(rows, self._device)
-        hidden_ND = batch.hidden_at_positions(self._body)
-        draws_N = None
-        if isinstance(self._rule, Threshold):
-            draws_N = np.concatenate([self._rule.draws(row.sample_id, row.num_positions) for row in rows])
-        chunks: list[Positions] = []
-        for begin in range(0, len(hidden_ND), self._settings.chunk_positions):
-            chunk = slice(begin, begin + self._settings.chunk_positions)
-            # An engine may pad the vocabulary; what lies beyond config.vocab_size is no outcome.
-            logits_NV = self._head.logits(hidden_ND[chunk])[:, : self._vocab_size]
-            draws = None if draws_N is None else draws_N[chunk]
-            kept = keep_chunk(logits_NV, batch.label_N[chunk], self._rule, self._temperatures, draws)
-            if (bad := kept.first_unscorable()) is not None:
-                row, token = rows[batch.row_N[begin + bad]], int(batch.source_N[begin + bad]) + 1
-                raise NonFiniteError(
-                    f"row {row.sample_id!r}, token {token}: log p of the realised token is {kept.realised_logp_N[bad]}",
-                    next_step="try teacher.dtype: float32; if it stays, look at the row with this sample id",
-                )
-            chunks.append(kept.positions())
-        return Positions.concatenate(chunks).split([row.num_positions for row in rows])
+        try:
+            return self._forward(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not within `except`, where the traceback still holds the tensors.
+        if len(rows) == 1:
+            raise LogitferryError(
+                f"out of memory on {self._device} with one row of {rows[0].num_tokens} tokens",
+                next_step="set data.max_tokens with on_too_long, or spread the teacher with device_map: auto",
+            )
+        free_cached_memory(self._device)
+        self._batch_tokens = max(1, self._batch_tokens // 2)
+        logger.warning("out of memory on %s: teacher.batch_tokens is %d from now on", self._device, self._batch_tokens)
+        half = len(rows) // 2
+        return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
+
+    def _forward(self, rows: list[Row]) -> list[Positions]:
+        counts = [row.num_positions for row in rows]
+        asked = Asked.of(rows, self._rule)
+        width = self._filled(max(row.num_tokens for row in rows))
+        if self._is_static:
+            batch = PaddedBatch.of(rows, self._device, width=width, height=max(len(rows), self._batch_tokens // width))
+            asked = asked.filled(self._scorer.chunk.size)
+        else:
+            batch = PaddedBatch.of(rows, self._device, width=width)
+        self._num_tokens += sum(row.num_tokens for row in rows)
+        self._num_computed += batch.input_ids_BL.numel()
+        hidden_ND = batch.hidden_at_positions(self._body).to(self._head.weight_VD.device)
+        if (num_more := len(asked.label_N) - len(hidden_ND)) > 0:
+            hidden_ND = torch.cat([hidden_ND, hidden_ND[:1].expand(num_more, -1)])
+        positions = self._scorer.score(hidden_ND, asked, self._product)
+        assert positions is not None, "a head on one device always gives logits"
+        return positions.split([*counts, len(asked.label_N) - sum(counts)])[: len(rows)]
+
+    def _product(self, hidden_ND: Tensor) -> Tensor:
+        return self._head.logits(hidden_ND)

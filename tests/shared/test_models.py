@@ -9,9 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from shared.errors import ConfigError, MismatchError
-from shared.models import load_model, model_identity, split_model
+from shared.models import load_model, split_model
 from shared.models_config import ModelSettings
-from shared.pretrained import load_tokenizer
+from shared.pretrained import load_tokenizer, model_identity
 from tests.tiny import FAMILIES, make_model
 
 CPU = torch.device("cpu")
@@ -79,10 +79,13 @@ def test_an_empty_folder_is_no_model(tmp_path: Path):
 
 def test_a_models_identity_is_its_weights(tmp_path: Path):
     one, same, other = (make_model(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
-    identities = [model_identity(ModelSettings(model=str(folder)), load(folder)) for folder in (one, same, other)]
+    settings = [ModelSettings(model=str(folder)) for folder in (one, same, other)]
+    identities = [model_identity(each, dtype="auto", engine="transformers 1") for each in settings]
     digests = [identity.weights_sha256 for identity in identities]
     assert digests[0] == digests[1] != digests[2]
     assert identities[0].vocab_size == 307
+    assert identities[0].dtype == "float32", "that of the checkpoint"
+    assert identities[0].architecture == "Qwen2ForCausalLM"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

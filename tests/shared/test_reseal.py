@@ -225,9 +225,10 @@ def test_repair_of_a_missing_shard_dumps_that_unit_alone(
     scored: list[str] = []
     original = TransformersEngine.score
 
-    def score(self: TransformersEngine, rows: Any) -> Any:
-        scored.extend(row.sample_id for row in rows)
-        return original(self, rows)
+    def score(self: TransformersEngine, units: Any) -> Any:
+        for rows in units:
+            scored.extend(row.sample_id for row in rows)
+            yield from original(self, [rows])
 
     monkeypatch.setattr(TransformersEngine, "score", score)
     again = run_dump(settings(teacher_folder, texts / "first.jsonl", copy))

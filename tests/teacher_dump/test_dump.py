@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 
-import teacher_dump.dump as dump_module
 from shared.dataset import LogitDataset
 from shared.errors import ConfigError, MismatchError, NonFiniteError, RecordError
 from shared.rows import LogitRow
 from shared.verification import verify
+from teacher_dump import transformers_engine
 from teacher_dump.config import DumpSettings
 from teacher_dump.dump import run_dump
+from teacher_dump.transformers_engine import TransformersEngine
 from tests.data import chat_records, dump_settings, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
@@ -121,15 +122,15 @@ def test_always_kept_tokens_are_in_every_position(teacher_folder: Path, chats: P
 
 def interrupt_after(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the unit after so many is being scored."""
-    score = dump_module.TransformersEngine.score
-    calls = iter(range(1000))
+    score = TransformersEngine.score
 
-    def interrupted(self: Any, rows: Any) -> Any:
-        if next(calls) == units:
-            raise KeyboardInterrupt
-        return score(self, rows)
+    def interrupted(self: Any, given: Any) -> Any:
+        for number, rows in enumerate(given):
+            if number == units:
+                raise KeyboardInterrupt
+            yield from score(self, [rows])
 
-    monkeypatch.setattr(dump_module.TransformersEngine, "score", interrupted)
+    monkeypatch.setattr(TransformersEngine, "score", interrupted)
 
 
 def run_until(units: int, settings: DumpSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,10 +147,12 @@ def test_running_again_goes_on_and_gives_the_same_shards(
     run_until(2, settings, monkeypatch)
     assert len(list((tmp_path / "out/data").iterdir())) == 2
     scored: list[int] = []
-    score = dump_module.TransformersEngine.score
-    monkeypatch.setattr(
-        dump_module.TransformersEngine, "score", lambda self, rows: scored.append(len(rows)) or score(self, rows)
-    )
+    score = TransformersEngine.score
+
+    def counted(self: Any, units: Any) -> Any:
+        return score(self, (scored.append(len(rows)) or rows for rows in units))
+
+    monkeypatch.setattr(TransformersEngine, "score", counted)
     resumed = run_dump(settings)
     assert scored == [7, 2], "only the units that were not done"
     assert resumed.manifest.shards == sealed.manifest.shards, "the same bytes as the uninterrupted dump"
@@ -202,7 +205,7 @@ def test_another_teacher_or_other_input_is_refused(
 
 
 def test_a_bad_record_is_found_before_the_teacher_is_loaded(teacher_folder: Path, tmp_path: Path, monkeypatch: Any):
-    monkeypatch.setattr(dump_module, "TransformersEngine", None)
+    monkeypatch.setattr(transformers_engine, "TransformersEngine", None)
     records = chat_records(9)
     records[8]["messages"][0]["content"] = 17
     files = write_jsonl(tmp_path / "chats.jsonl", records)
@@ -295,13 +298,13 @@ def test_input_that_grows_while_it_is_dumped_is_not_sealed(
 ):
     """The manifest would name a digest that no version of the file ever had."""
     files = write_jsonl(tmp_path / "chats.jsonl", chat_records(10))
-    score = dump_module.TransformersEngine.score
+    score = TransformersEngine.score
 
-    def grow(self: Any, rows: Any) -> Any:
+    def grow(self: Any, units: Any) -> Any:
         write_jsonl(files, chat_records(12))
-        return score(self, rows)
+        return score(self, units)
 
-    monkeypatch.setattr(dump_module.TransformersEngine, "score", grow)
+    monkeypatch.setattr(TransformersEngine, "score", grow)
     with pytest.raises(MismatchError, match="changed while they were read"):
         run_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
     assert not (tmp_path / "out/manifest.json").exists()

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from shared.rows import Positions
+from shared.errors import NonFiniteError
+from shared.rows import Positions, Row
 from teacher_dump.keep import TopK, keep_chunk
+from teacher_dump.scoring import require_finite
 
 TEMPERATURES = [1.0, 2.0, 0.5]
 
@@ -28,8 +30,14 @@ def truth(logits_V: torch.Tensor, rule: TopK, temperature: float) -> tuple[dict[
 
 def keep(logits_NV: torch.Tensor, realised_N: torch.Tensor, rule: TopK) -> Positions:
     chunk = keep_chunk(logits_NV.clone(), realised_N, rule, TEMPERATURES)
-    assert chunk.first_unscorable() is None
+    require_finite(row_of(len(logits_NV)), chunk.positions())
     return chunk.positions()
+
+
+def row_of(num_positions: int) -> Row:
+    """A row that is supervised from its second token on."""
+    mask = np.arange(num_positions + 1) > 0
+    return Row(sample_id="a", input_ids_L=np.zeros(num_positions + 1, dtype=np.int32), label_mask_L=mask)
 
 
 def assert_equals_truth(logits_NV: torch.Tensor, rule: TopK) -> None:
@@ -123,16 +131,17 @@ def test_an_always_kept_token_that_min_prob_would_drop_stays():
 def test_logits_that_are_no_numbers_are_reported_with_their_position(poison: float):
     logits = torch.zeros(4, 6)
     logits[2, 5] = poison
-    chunk = keep_chunk(logits, torch.zeros(4, dtype=torch.long), TopK(k=2, min_prob=0.0, always_ids=()), [1.0])
-    assert chunk.first_unscorable() == 2
+    with pytest.raises(NonFiniteError, match="row 'a', token 3:"):
+        keep(logits, torch.zeros(4, dtype=torch.long), TopK(k=2, min_prob=0.0, always_ids=()))
 
 
 def test_a_realised_token_without_any_probability_is_reported():
     logits = torch.zeros(3, 6)
     logits[1, 4] = -torch.inf
     rule = TopK(k=2, min_prob=0.0, always_ids=())
-    assert keep_chunk(logits.clone(), torch.tensor([0, 4, 0]), rule, [1.0]).first_unscorable() == 1
-    assert keep_chunk(logits.clone(), torch.tensor([0, 3, 0]), rule, [1.0]).first_unscorable() is None
+    keep(logits, torch.tensor([0, 3, 0]), rule)
+    with pytest.raises(NonFiniteError, match="row 'a', token 2: log p of the realised token is -inf"):
+        keep(logits, torch.tensor([0, 4, 0]), rule)
 
 
 def test_bfloat16_logits_lose_nothing_more_once_they_are_fp32():

