@@ -1,9 +1,11 @@
 # Everything from a fresh machine with Python 3.11 alone; the virtual environment is made on the way.
 #   make quickstart   train a teacher, dump it, train two students, print the table   (about 8 minutes on 2 cores)
 #   make test         the fast tests
+#   make test-vllm    the real vLLM on the CPU, in an environment of its own, kept by the digest of constraints-vllm.txt
 #   make check        ruff, pyright and the fast tests
 #   make test-full    the long matrices as well
 #   make bench-codec  how small a dataset is and how fast; ARGS="--logits FILE.npz" for a real teacher's
+#   make bench-dump   positions per second into a sealed dataset, by vLLM and transformers, beside the bare engines
 #   make bench-loss   what the loss costs in time and memory beside rivals; ARGS="--shape N,D,V,dtype" for another size
 #   make bench-train  what a step with distillation costs beside one without
 #   make bench-sampling  bytes and gradient noise of sampled teachers, beside RS-KD's
@@ -14,8 +16,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/logitferry
+VLLM_VENV := $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-16)
+VLLM_PYTHON := PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
-.PHONY: quickstart test check lint test-full bench-codec bench-loss bench-train bench-sampling bench-text install clean
+.PHONY: quickstart test test-vllm bench-dump check lint test-full bench-codec bench-loss bench-train bench-sampling bench-text install clean
 
 install: $(VENV)/installed
 
@@ -28,10 +33,23 @@ quickstart: install
 	$(BIN)/python examples/quickstart/run.py
 
 test: install
-	$(BIN)/python -m pytest -n auto -m "not full"
+	$(BIN)/python -m pytest -n auto -m "not full and not vllm"
 
 test-full: install
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not vllm"
+
+$(VLLM_VENV)/installed: constraints-vllm.txt
+	rm -rf $(VLLM_VENV)
+	mkdir -p $(CACHE)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) -r constraints-vllm.txt
+	touch $@
+
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_PYTHON) -m pytest -m vllm tests/teacher_dump
+
+bench-dump: install $(VLLM_VENV)/installed
+	$(VLLM_PYTHON) -m tests.bench.dump $(ARGS)
 
 bench-codec: install
 	$(BIN)/python -m tests.bench.codec $(ARGS)

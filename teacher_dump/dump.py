@@ -7,6 +7,8 @@ manifest.
 
 import logging
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,13 +30,16 @@ from teacher_dump.config import DumpSettings
 from teacher_dump.engines import open_engine, teacher_identity
 from teacher_dump.keep import Threshold, TopK, keep_rule
 from teacher_dump.plan import Plan, commit_plan
+from teacher_dump.scoring import Engine
 from teacher_dump.units import WORK_FOLDER, Units, records_of_present_shards, require_same_units
 
 logger = logging.getLogger("logitferry")
 
 
-def run_dump(settings: DumpSettings) -> LogitDataset:
-    """Dump everything that is not done yet, and seal.
+def run_dump(
+    settings: DumpSettings, *, load: Callable[..., AbstractContextManager[Engine]] = open_engine
+) -> LogitDataset:
+    """Dump everything that is not done yet, and seal.  `load` opens the teacher, where there is anything left to do.
 
     Raises:
         ConfigError, RecordError: the input cannot be used.
@@ -73,13 +78,13 @@ def run_dump(settings: DumpSettings) -> LogitDataset:
             records_of_present_shards(output, sealed.manifest, plan)
             _unseal(output)
         commit_plan(plan, output / WORK_FOLDER)
-        load = partial(open_engine, settings.teacher, identity, rule, settings.temperatures)
+        teacher = partial(load, settings.teacher, identity, rule, settings.temperatures)
         units = Units(
             output=output,
             plan=plan,
             text=text,
             storage=storage_of(settings, rule),
-            open_engine=partial(load, longest_row=survey.longest_row),
+            open_engine=partial(teacher, longest_row=survey.longest_row),
         )
         shards = units.shards(reader)
     if _input_identity(settings.data, reader, survey.tally) != plan.input:
