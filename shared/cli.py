@@ -43,11 +43,16 @@ def command_group(name: str, summary: str) -> Callable[[Callable[..., Any]], cli
     return decorate
 
 
+overrides_option = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable."
+)
+
+
 def config_options(function: F) -> F:
     """CONFIG, --set a.b=c and --print-config."""
     for option in (
         click.option("--print-config", is_flag=True, help="Print the effective config and stop."),
-        click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable."),
+        overrides_option,
         click.argument("config", type=click.Path()),
     ):
         function = option(function)

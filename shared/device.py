@@ -1,5 +1,7 @@
 """The one place that names a device.  The rest of the code reads the same on CPU, CUDA and Ascend NPU."""
 
+import resource
+
 import torch
 
 from shared.errors import ConfigError
@@ -48,6 +50,17 @@ def free_cached_memory(device: torch.device) -> None:
     empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
     if empty_cache is not None:
         empty_cache()
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that torch's allocator held on a device in this process; None where it does not count."""
+    count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return count(device) if count is not None and device.type != "cpu" else None
+
+
+def host_peak_bytes() -> int:
+    """The most memory that this process had, by the operating system's account (Linux: KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def block_bytes(device: torch.device) -> int:

@@ -23,15 +23,14 @@ from shared.manifest import MANIFEST_NAME, Input, InputFile, Shard, Teacher, rea
 from shared.pretrained import context_tokens, load_tokenizer
 from shared.progress import progress
 from shared.records import RecordReader
-from shared.shard_writer import Storage
 from shared.text_config import TextSettings
 from shared.text_rows import Tally, TextRows
 from teacher_dump.config import DumpSettings
 from teacher_dump.engines import open_engine, teacher_identity
-from teacher_dump.keep import Threshold, TopK, keep_rule
+from teacher_dump.keep import keep_rule
 from teacher_dump.plan import Plan, commit_plan
 from teacher_dump.scoring import Engine
-from teacher_dump.units import WORK_FOLDER, Units, records_of_present_shards, require_same_units
+from teacher_dump.units import WORK_FOLDER, Units, records_of_present_shards, require_same_units, storage_of
 
 logger = logging.getLogger("logitferry")
 
@@ -124,12 +123,6 @@ def require_in_vocabulary(largest_id: int, teacher: Teacher) -> None:
             f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {teacher.vocab_size}",
             next_step="name the tokenizer that belongs to the teacher as teacher.tokenizer",
         )
-
-
-def storage_of(settings: DumpSettings, rule: TopK | Threshold) -> Storage:
-    """How the values of a dump are stored; the weight of a sampled id is a constant and is not rounded."""
-    untouched_logp = rule.sampled_logp if isinstance(rule, Threshold) else None
-    return Storage(max_kl=settings.keep.max_kl, zstd_level=settings.zstd_level, untouched_logp=untouched_logp)
 
 
 def _input_identity(settings: TextSettings, reader: RecordReader, tally: Tally) -> Input:

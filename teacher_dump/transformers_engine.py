@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared.batching import PaddedBatch, batches_by_length
 from shared.device import compiles_every_shape, free_cached_memory, is_out_of_memory, pick_device, pick_dtype
-from shared.errors import LogitferryError
+from shared.errors import ConfigError, LogitferryError
 from shared.manifest import Teacher
 from shared.models import load_model, split_model
 from shared.rows import Positions, Row
@@ -38,6 +38,11 @@ class TransformersEngine:
         model = load_model(
             settings, dtype=pick_dtype(identity.dtype), device=device, device_map=settings.device_map
         ).eval()
+        if model.get_output_embeddings().weight.is_meta:
+            raise ConfigError(
+                "teacher.device_map puts the output layer off the devices, where it cannot be applied by hand",
+                next_step="keep it on a device: a device_map by hand, as transformers documents it, with lm_head: 0",
+            )
         self._body, self._head = split_model(model)
         self._device = model.get_input_embeddings().weight.device
         self._batch_tokens = settings.batch_tokens

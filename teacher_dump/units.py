@@ -27,6 +27,8 @@ from shared.records import RecordReader
 from shared.rows import LogitRow, Positions, Row
 from shared.shard_writer import Storage, encode_shard
 from shared.text_rows import Tally, TextRows
+from teacher_dump.config import DumpSettings
+from teacher_dump.keep import Threshold, TopK
 from teacher_dump.plan import Plan
 from teacher_dump.scoring import Engine, require_finite
 
@@ -126,6 +128,12 @@ class Units:
         data, shard = encode_shard(rows, self.plan.row_format, self.storage, path)
         write_atomically(self.output / path, memoryview(data))
         return shard
+
+
+def storage_of(settings: DumpSettings, rule: TopK | Threshold) -> Storage:
+    """How the values of a dump are stored; the weight of a sampled id is a constant and is not rounded."""
+    untouched_logp = rule.sampled_logp if isinstance(rule, Threshold) else None
+    return Storage(max_kl=settings.keep.max_kl, zstd_level=settings.zstd_level, untouched_logp=untouched_logp)
 
 
 def _unit_record_path(output: Path, number: int) -> Path:

@@ -58,7 +58,7 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path):
     weights = load_file(tmp_path / "model.safetensors")
     torch.save(weights, tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="no (model|config) can be loaded"):
+    with pytest.raises(ConfigError, match=r"no (model|config) can be loaded"):
         load(tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_a_wrong_path_is_called_a_wrong_path(name: str):
 
 
 def test_an_empty_folder_is_no_model(tmp_path: Path):
-    with pytest.raises(ConfigError, match="no (model|config) can be loaded"):
+    with pytest.raises(ConfigError, match=r"no (model|config) can be loaded"):
         load(tmp_path)
     with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         load_tokenizer(ModelSettings(model=str(tmp_path)))
@@ -98,7 +98,7 @@ def test_every_family_passes_in_bfloat16(family: str, tmp_path: Path):
 def test_broken_files_of_a_model_are_a_config_error(name: str, content: bytes, tmp_path: Path):
     make_model(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=f"no (model|config) can be loaded from {tmp_path}"):
+    with pytest.raises(ConfigError, match=rf"no (model|config) can be loaded from {tmp_path}"):
         load(tmp_path)
 
 

@@ -1,7 +1,6 @@
 """What `doctor` finds on real files: a fit machine and config, and each of the ways in which one is not."""
 
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from shared.errors import ConfigError
-from teacher_dump import doctor, doctor_devices, doctor_output, requirements
+from teacher_dump import doctor, doctor_devices, doctor_machine, doctor_output, requirements
 from teacher_dump.config import DumpSettings
 from teacher_dump.doctor import Finding, examine, exit_code, render
 from teacher_dump.finding import guarded
@@ -245,8 +244,14 @@ def test_doctor_knows_what_a_container_may_use(settings, tmp_path, monkeypatch):
     assert "the host: 1.0 MiB free of 1.0 MiB" in mended("weights", findings).found
 
 
-@pytest.mark.skipif(bool(importlib.util.find_spec("accelerate")), reason="accelerate is installed")
-def test_doctor_mends_a_missing_accelerate_where_a_device_map_needs_it(settings):
+def test_doctor_mends_a_missing_accelerate_where_a_device_map_needs_it(settings, monkeypatch):
+    installed = doctor_machine.version
+
+    def without_accelerate(name: str) -> str:
+        return installed("never-there" if name == "accelerate" else name)
+
+    monkeypatch.setattr(doctor_machine, "version", without_accelerate)
+    assert not of("accelerate", examine(settings())), "nothing else needs it"
     found = mended("accelerate", examine(settings(teacher__device="auto", teacher__device_map="auto")))
     assert found.next_step == "pip install accelerate"
 
@@ -344,11 +349,11 @@ def test_doctor_mends_an_output_where_writing_fails(settings, monkeypatch, tmp_p
 @pytest.mark.parametrize(("kind", "warned"), [("nfs4", True), ("lustre", True), ("fuse.sshfs", True), ("ext4", False)])
 def test_doctor_says_where_the_output_lies_on_another_machine(settings, monkeypatch, tmp_path, kind, warned):
     place = tmp_path / "a mount"
-    place.mkdir()
+    (place / "inside").mkdir(parents=True)
     mounts = tmp_path / "mounts"
     escaped = str(place).replace(" ", "\\040")
-    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nbox:/x {escaped} {kind} rw 0 0\nbox:/y {escaped}-too nfs rw 0 0\n")
+    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nbox:/x {escaped} {kind} rw 0 0\nbox:/y {escaped}/in nfs rw 0 0\n")
     monkeypatch.setattr(doctor_output, "MOUNTS", mounts)
-    findings = of("output", examine(settings(output=place / "out")))
+    findings = of("output", examine(settings(output=place / "inside" / "out")))
     assert [finding.verdict for finding in findings] == ["warning"] * warned + ["ok"]
-    assert not warned or findings[0].found == f"{place} is {kind} (box:/x), which mostly is over a network"
+    assert not warned or findings[0].found == f"{place}/inside is {kind} (box:/x), which mostly is over a network"
