@@ -23,9 +23,17 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     name = settings.tokenizer or settings.model
     revision = settings.revision if settings.tokenizer is None else None  # a revision of the model's repository
     with foreign_errors("tokenizer", name):
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=settings.trust_remote_code
         )
+    # Where a folder holds none, transformers makes up an empty one of the model's architecture.
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        raise ConfigError(
+            f"no tokenizer can be loaded from {name}: what transformers makes of it knows {len(tokenizer)} tokens, "
+            "all of them special",
+            next_step="copy tokenizer.json and tokenizer_config.json there, or name a tokenizer of its own",
+        )
+    return tokenizer
 
 
 def load_config(settings: ModelSettings) -> Any:

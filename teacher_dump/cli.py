@@ -42,7 +42,7 @@ def init_verb(
 def doctor_verb(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check this machine, and with CONFIG whether its dump can run here; say what to mend."""
     settings = load_settings(DumpSettings, config, overrides) if config else None
-    from teacher_dump.doctor import examine, exit_code, render
+    from teacher_dump.doctor.examination import examine, exit_code, render
 
     findings = examine(settings)
     emit({"findings": [asdict(finding) for finding in findings]}, render(findings), as_json=as_json)

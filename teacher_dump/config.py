@@ -29,7 +29,7 @@ class VllmSettings(Settings):
     max_rows: int = Field(default=256, ge=1)
     """Rows of one forward pass at most."""
     enforce_eager: bool = False
-    """No CUDA graphs and no compilation: slower, starts at once."""
+    """No captured graphs and no compilation: slower, starts at once."""
     engine_args: PlainSettings = {}
     """Any further argument of vllm.EngineArgs by its name, such as load_format, nnodes, kv_cache_memory_bytes."""
 
@@ -64,8 +64,8 @@ class TeacherSettings(ModelSettings):
     device_map: Literal["auto"] | dict[str, int | str] | None = None
     """transformers: spreads a teacher that is larger than a device over all there are; needs `accelerate`."""
     static_shapes: bool | None = None
-    """transformers: fill lengths, batches and chunks up, so that few shapes occur; null does so on an NPU, where every
-    new shape is compiled."""
+    """transformers: fill lengths, batches and chunks up, so that few shapes occur; null does so on Ascend, where
+    every new shape is compiled."""
     vllm: VllmSettings = VllmSettings()
 
     @model_validator(mode="after")

@@ -39,11 +39,11 @@ def write_config(
         ConfigError, RecordError, DamagedDataError: the data cannot be read.
         OutputError: the file cannot be written.
     """
-    from teacher_dump.whole_tokenizer import load_whole_tokenizer
+    from shared.pretrained import load_tokenizer
 
     if path.exists():
         raise ConfigError(f"{path} exists already, and is left as it is", next_step="give another path, or remove it")
-    loaded = load_whole_tokenizer(ModelSettings(model=model, tokenizer=tokenizer))
+    loaded = load_tokenizer(ModelSettings(model=model, tokenizer=tokenizer))
     chosen, why = (engine, "as asked for") if engine else _engine_for_this_machine()
     always = tokens_to_keep(loaded)
     teacher: dict[str, Any] = {

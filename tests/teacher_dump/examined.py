@@ -5,7 +5,7 @@ import os
 import struct
 from pathlib import Path
 
-from teacher_dump.doctor import Finding, exit_code
+from teacher_dump.doctor.examination import Finding, exit_code
 
 
 def of(check: str, findings: list[Finding]) -> list[Finding]:

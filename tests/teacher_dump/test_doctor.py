@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from shared.errors import ConfigError
-from teacher_dump import doctor, doctor_devices, doctor_machine, doctor_output, requirements
 from teacher_dump.config import DumpSettings
-from teacher_dump.doctor import Finding, examine, exit_code, render
-from teacher_dump.finding import guarded
+from teacher_dump.doctor import devices, examination, machine, output, requirements
+from teacher_dump.doctor.examination import Finding, examine, exit_code, render
+from teacher_dump.doctor.finding import guarded
 from teacher_dump.vllm_engine import TESTED_VERSIONS, vllm_version
 from tests.data import chat_records, dump_settings, write_jsonl
 from tests.teacher_dump.examined import mended, of, verdicts
@@ -106,7 +106,7 @@ def test_doctor_makes_a_finding_of_a_check_that_fails(monkeypatch, error):
         yield Finding("memory", "ok", "so far")
         raise error
 
-    monkeypatch.setattr(doctor, "memory", failing)
+    monkeypatch.setattr(examination, "memory", failing)
     findings = examine(None)
     assert verdicts("memory", findings) == ["ok", "mend"], "what it found before is not lost"
     assert mended("memory", findings).found.startswith(type(error).__name__)
@@ -196,7 +196,8 @@ def test_doctor_says_that_cann_is_missing_instead_of_a_traceback(tmp_path, autol
 def run_apart(prepare: str, *settings: DumpSettings | None, path: Path = ROOT) -> str:
     """`examine` in a process of its own: lines and exit code for each of the settings."""
     code = (
-        f"import sys\n{prepare}\nfrom teacher_dump.doctor import *\nfrom teacher_dump.config import DumpSettings\n"
+        f"import sys\n{prepare}\n"
+        "from teacher_dump.doctor.examination import *\nfrom teacher_dump.config import DumpSettings\n"
         f"for text in {[each and each.model_dump_json() for each in settings]!r}:\n"
         "    findings = examine(text and DumpSettings.model_validate_json(text))\n"
         "    print(*render(findings), f'exit code {exit_code(findings)}', sep='\\n')"
@@ -235,7 +236,7 @@ def test_doctor_mends_a_device_that_computes_nonsense(settings, monkeypatch):
 
 def test_doctor_knows_what_a_container_may_use(settings, tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(doctor_devices, "CGROUP_LIMITS", (limit, tmp_path / "none"))
+    monkeypatch.setattr(devices, "CGROUP_LIMITS", (limit, tmp_path / "none"))
     limit.write_text("max\n")
     assert verdicts("weights", examine(settings())) == ["ok"]
     limit.write_text("1048576\n")
@@ -245,12 +246,12 @@ def test_doctor_knows_what_a_container_may_use(settings, tmp_path, monkeypatch):
 
 
 def test_doctor_mends_a_missing_accelerate_where_a_device_map_needs_it(settings, monkeypatch):
-    installed = doctor_machine.version
+    installed = machine.version
 
     def without_accelerate(name: str) -> str:
         return installed("never-there" if name == "accelerate" else name)
 
-    monkeypatch.setattr(doctor_machine, "version", without_accelerate)
+    monkeypatch.setattr(machine, "version", without_accelerate)
     assert not of("accelerate", examine(settings())), "nothing else needs it"
     found = mended("accelerate", examine(settings(teacher__device="auto", teacher__device_map="auto")))
     assert found.next_step == "pip install accelerate"
@@ -270,7 +271,7 @@ def test_doctor_mends_a_model_that_is_not_there_and_looks_at_the_rest(settings, 
 def test_doctor_mends_a_tokenizer_that_is_missing_or_lacks_a_kept_token(settings, tmp_path):
     bare = make_model(tmp_path / "bare")
     findings = examine(settings(teacher__model=str(bare)))
-    assert f"{bare} holds no tokenizer: " in mended("tokenizer", findings).found
+    assert f"no tokenizer can be loaded from {bare}: " in mended("tokenizer", findings).found
     assert verdicts("weights", findings) == ["ok"]
     found = mended("tokenizer", examine(settings(keep__always=["<|eot|>"])))
     assert found.found == "keep.always: the tokenizer has no token '<|eot|>'"
@@ -353,7 +354,7 @@ def test_doctor_says_where_the_output_lies_on_another_machine(settings, monkeypa
     mounts = tmp_path / "mounts"
     escaped = str(place).replace(" ", "\\040")
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\nbox:/x {escaped} {kind} rw 0 0\nbox:/y {escaped}/in nfs rw 0 0\n")
-    monkeypatch.setattr(doctor_output, "MOUNTS", mounts)
+    monkeypatch.setattr(output, "MOUNTS", mounts)
     findings = of("output", examine(settings(output=place / "inside" / "out")))
     assert [finding.verdict for finding in findings] == ["warning"] * warned + ["ok"]
     assert not warned or findings[0].found == f"{place}/inside is {kind} (box:/x), which mostly is over a network"

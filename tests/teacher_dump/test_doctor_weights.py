@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_dump import doctor_devices, doctor_weights
 from teacher_dump.config import DumpSettings
-from teacher_dump.doctor import Finding, examine, exit_code
-from teacher_dump.doctor_devices import host_memory
-from teacher_dump.doctor_run import open_model
-from teacher_dump.doctor_weights import weights
+from teacher_dump.doctor import devices
+from teacher_dump.doctor import weights as weights_module
+from teacher_dump.doctor.devices import host_memory
+from teacher_dump.doctor.examination import Finding, examine, exit_code
+from teacher_dump.doctor.run import open_model
+from teacher_dump.doctor.weights import weights
 from tests.data import chat_records, dump_settings, write_jsonl
 from tests.teacher_dump.examined import mended, of, write_weights
 from tests.tiny import make_model, make_tokenizer
@@ -59,7 +60,7 @@ def test_doctor_mends_weights_larger_than_memory_without_reading_them(settings, 
 
 
 def test_doctor_warns_of_weights_that_fit_only_when_others_leave(settings, monkeypatch):
-    monkeypatch.setattr(doctor_devices, "host_memory", lambda: (1 << 20, 1 << 40))
+    monkeypatch.setattr(devices, "host_memory", lambda: (1 << 20, 1 << 40))
     (found,) = of("weights", examine(settings()))
     assert found.verdict == "warning"
     assert found.found.endswith("1.0 MiB free of 1,024.0 GiB: too little is free now")
@@ -108,9 +109,9 @@ def test_doctor_compares_with_all_devices_that_share_the_weights(
 ):
     """Each has 2 GiB, and logits take a quarter of one."""
     write_weights(model_folder / "model.safetensors", a=("F32", int(num_gib * GIB / 4)))
-    monkeypatch.setattr(doctor_weights, "devices_of", lambda _: [torch.device("meta", n) for n in range(there)])
-    monkeypatch.setattr(doctor_weights, "memory_of", lambda _: (2 * GIB, 2 * GIB))
-    monkeypatch.setattr(doctor_weights, "host_memory", lambda: (64 * GIB, 64 * GIB))
+    monkeypatch.setattr(weights_module, "devices_of", lambda _: [torch.device("meta", n) for n in range(there)])
+    monkeypatch.setattr(weights_module, "memory_of", lambda _: (2 * GIB, 2 * GIB))
+    monkeypatch.setattr(weights_module, "host_memory", lambda: (64 * GIB, 64 * GIB))
     engine = {"teacher__engine": "vllm"} if "vllm" in teacher else {}
     changes = {f"teacher__{name}": value for name, value in teacher.items()}
     of_teacher = settings(teacher__device="auto", **engine, **changes).teacher
@@ -121,9 +122,9 @@ def test_doctor_compares_with_all_devices_that_share_the_weights(
 
 def test_doctor_warns_of_weights_that_the_host_cannot_hold_on_their_way(settings, model_folder, monkeypatch):
     write_weights(model_folder / "model.safetensors", a=("F32", GIB // 4))
-    monkeypatch.setattr(doctor_weights, "devices_of", lambda _: [torch.device("meta", 0)])
-    monkeypatch.setattr(doctor_weights, "memory_of", lambda _: (2 * GIB, 2 * GIB))
-    monkeypatch.setattr(doctor_weights, "host_memory", lambda: (GIB // 2, GIB // 2))
+    monkeypatch.setattr(weights_module, "devices_of", lambda _: [torch.device("meta", 0)])
+    monkeypatch.setattr(weights_module, "memory_of", lambda _: (2 * GIB, 2 * GIB))
+    monkeypatch.setattr(weights_module, "host_memory", lambda: (GIB // 2, GIB // 2))
     teacher = settings(teacher__device="auto").teacher
     assert [each.verdict for each in weights(teacher, open_model(teacher))] == ["ok", "warning"]
     spread = settings(teacher__device="auto", teacher__device_map="auto").teacher

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from shared.errors import ConfigError
 from teacher_dump.config import TeacherSettings
-from teacher_dump.doctor_devices import devices_of, host_memory, memory_of
-from teacher_dump.doctor_run import Opened, dtypes_of
-from teacher_dump.finding import Finding, attempt, size
+from teacher_dump.doctor.devices import devices_of, host_memory, memory_of
+from teacher_dump.doctor.finding import Finding, attempt, size
+from teacher_dump.doctor.run import Opened, dtypes_of
 
 INDEX_NAME = "model.safetensors.index.json"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

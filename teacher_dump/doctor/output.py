@@ -18,7 +18,7 @@ from shared.files import claim_folder, write_atomically
 from shared.manifest import MANIFEST_NAME
 from shared.text_files import TextFile, find_text_files
 from teacher_dump.config import DumpSettings, KeepSettings
-from teacher_dump.finding import MIB, Finding, attempt, size
+from teacher_dump.doctor.finding import MIB, Finding, attempt, size
 
 MOUNTS = Path("/proc/mounts")
 OVER_A_NETWORK = re.compile(

@@ -8,7 +8,7 @@ from typing import Any
 
 from shared.errors import ConfigError
 from teacher_dump.config import DumpSettings, TeacherSettings
-from teacher_dump.finding import Finding, attempt
+from teacher_dump.doctor.finding import Finding, attempt
 from teacher_dump.first_record import first_record
 
 
@@ -23,8 +23,7 @@ class Opened:
 
 
 def open_model(teacher: TeacherSettings) -> Opened:
-    from shared.pretrained import load_config
-    from teacher_dump.whole_tokenizer import load_whole_tokenizer
+    from shared.pretrained import load_config, load_tokenizer
 
     config, no_config = attempt("model", partial(load_config, teacher))
     if not Path(teacher.model).is_dir():
@@ -32,15 +31,13 @@ def open_model(teacher: TeacherSettings) -> Opened:
     if no_config and teacher.tokenizer is None:
         # It would be looked for in the same place, and a Hub that does not answer takes half a minute to say so.
         return Opened(no_config=no_config)
-    tokenizer, no_tokenizer = attempt("tokenizer", partial(load_whole_tokenizer, teacher))
+    tokenizer, no_tokenizer = attempt("tokenizer", partial(load_tokenizer, teacher))
     return Opened(config=config, tokenizer=tokenizer, no_config=no_config, no_tokenizer=no_tokenizer)
 
 
 def _with_advice(name: str, finding: Finding) -> Finding:
-    if (
-        name.startswith((".", "/", "~")) or name.count("/") > 1
-    ):  # meant as a folder, of which it says that it is missing
-        return finding
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return finding  # meant as a folder, of which it says that it is missing
     advice = f"check the name; without a network here: hf download {name} --local-dir FOLDER where there is one, "
     return replace(finding, next_step=f"{advice}bring the folder and name it as teacher.model")
 

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from shared import __version__
 from shared.errors import ConfigError
 from teacher_dump.config import TeacherSettings
-from teacher_dump.doctor_devices import devices_of, host_memory, memory_of, name_of
-from teacher_dump.finding import Finding, attempt, reason_of, size
-from teacher_dump.requirements import is_older, requirements
+from teacher_dump.doctor.devices import devices_of, host_memory, memory_of, name_of
+from teacher_dump.doctor.finding import Finding, attempt, reason_of, size
+from teacher_dump.doctor.requirements import is_older, requirements
 
 NEEDED_EXTRAS = ("", "torch")
 DEVELOPERS = "dev"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
-PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 WITH_FLOOR = re.compile(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([0-9.]+)(?:.*extra == ['\"]([\w-]+))?")
 
 

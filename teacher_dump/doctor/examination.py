@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from teacher_dump.config import DumpSettings
-from teacher_dump.doctor_machine import accelerate, devices, forward, memory, packages, python, torch_works, vllm
-from teacher_dump.doctor_output import output_folder
-from teacher_dump.doctor_run import Opened, data, dtypes_of, model, open_model, tokenizer
-from teacher_dump.doctor_weights import weights
-from teacher_dump.finding import Finding, guarded
+from teacher_dump.doctor.finding import Finding, guarded
+from teacher_dump.doctor.machine import accelerate, devices, forward, memory, packages, python, torch_works, vllm
+from teacher_dump.doctor.output import output_folder
+from teacher_dump.doctor.run import Opened, data, dtypes_of, model, open_model, tokenizer
+from teacher_dump.doctor.weights import weights
 
 __all__ = ["Finding", "examine", "exit_code", "render"]
 

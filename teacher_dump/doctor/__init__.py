@@ -1,0 +1,1 @@
+"""Is this machine fit for a dump, and is this config?"""
