@@ -61,4 +61,5 @@ class PaddedBatch:
     def hidden_at_positions(self, body: torch.nn.Module) -> Tensor:
         """One forward pass of a model's body; its hidden states [N, D] that predict the labels."""
         hidden_BLD = body(input_ids=self.input_ids_BL, use_cache=False).last_hidden_state
-        return hidden_BLD[self.row_N, self.source_N]
+        device = hidden_BLD.device  # the last one, where a model is spread over several
+        return hidden_BLD[self.row_N.to(device), self.source_N.to(device)]

@@ -80,6 +80,8 @@ class Teacher(Settings):
     vocab_size: int
     engine: str | None = None
     """What ran it, by name and version."""
+    engine_settings: PlainSettings = {}
+    """Settings of it on which values may depend, such as a quantization."""
     revision: str | None = None
     config_sha256: str | None = None
     weights_sha256: str | None = None

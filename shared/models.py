@@ -103,7 +103,8 @@ def split_model(model: Any) -> tuple[nn.Module, OutputHead]:
     try:
         with torch.no_grad():
             expected = model(input_ids=probe).logits.float()
-            got = head.logits(hidden[0]) if hidden else expected.new_zeros(0)
+            got = head.logits(hidden[0].to(head.weight_VD.device)) if hidden else expected.new_zeros(0)
+            expected = expected.to(got.device)
     finally:
         hook.remove()
         model.train(was_training)

@@ -4,14 +4,26 @@ away behind.  Each in one thread, in order, with a bound on what waits; errors r
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _END = object()
+
+
+@contextmanager
+def _closed(items: Iterable[T]) -> Iterator[Iterator[T]]:
+    """Their iterator, closed at the end however it comes, and not only when nothing refers to it any more."""
+    iterator = iter(items)
+    try:
+        yield iterator
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()
 
 
 def made_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
@@ -33,7 +45,7 @@ def put_away(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator
 
     What was begun or waits when an item cannot be made, or nobody takes the results any more, is still finished.
     """
-    with ThreadPoolExecutor(1) as executor:
+    with ThreadPoolExecutor(1) as executor, _closed(items) as items:
         pending: deque[Future[R]] = deque()
         for item in items:
             pending.append(executor.submit(work, item))
@@ -50,16 +62,16 @@ class Stopwatch:
         self._start_s = time.monotonic()
         self._waited_s = dict.fromkeys(steps, 0.0)
 
-    def of(self, step: str, items: Iterable[T]) -> Iterator[T]:
+    def of(self, step: str, items: Iterable[T]) -> Generator[T]:
         """What the step makes."""
-        iterator = iter(items)
-        while True:
-            begin_s = time.monotonic()
-            item = next(iterator, _END)
-            self._waited_s[step] += time.monotonic() - begin_s
-            if item is _END:
-                return
-            yield item  # pyright: ignore[reportReturnType]
+        with _closed(items) as iterator:
+            while True:
+                begin_s = time.monotonic()
+                item = next(iterator, _END)
+                self._waited_s[step] += time.monotonic() - begin_s
+                if item is _END:
+                    return
+                yield item  # pyright: ignore[reportReturnType]
 
     def shares(self) -> dict[str, float]:
         """Of the time since the start, for each step without those that it waited for itself."""

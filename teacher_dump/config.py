@@ -40,12 +40,24 @@ class VllmSettings(Settings):
             raise ValueError(f"{taken[0]} is set by other settings of the teacher, or has to be what it is")
         return arguments
 
+    def of_values(self) -> dict[str, Any]:
+        """What values may depend on: quantization, and arguments that are not known to be about resources alone."""
+        arguments = {name: value for name, value in self.engine_args.items() if name not in OF_RESOURCES}
+        return arguments if self.quantization is None else arguments | {"quantization": self.quantization}
 
+
+OF_RESOURCES = {
+    "block_size", "cpu_offload_gb", "disable_custom_all_reduce", "download_dir", "kv_cache_memory_bytes",
+    "long_prefill_token_threshold", "master_addr", "master_port", "max_logprobs", "max_num_partial_prefills", "nnodes",
+    "node_rank", "num_gpu_blocks_override", "ray_workers_use_nsight", "scheduler_reserve_full_isl", "swap_space",
+}  # fmt: skip
+"""Arguments of vLLM that change no value."""
 OUR_ENGINE_ARGS = {
     "model", "revision", "tokenizer", "trust_remote_code", "dtype", "max_model_len", "max_num_batched_tokens",
     "max_num_seqs", "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "quantization",
     "distributed_executor_backend", "gpu_memory_utilization", "enforce_eager", "enable_prefix_caching", "worker_cls",
-    "worker_extension_cls", "skip_tokenizer_init", "speculative_config", "runner", "convert", "data_parallel_size",
+    "worker_extension_cls", "skip_tokenizer_init", "speculative_config", "spec_method", "spec_model", "spec_tokens",
+    "runner", "convert", "data_parallel_size", "disable_log_stats", "logprobs_mode",
 }  # fmt: skip
 
 

@@ -19,14 +19,14 @@ from shared.dataset import CARD_NAME, TOKENIZER_FOLDER, LogitDataset
 from shared.errors import MismatchError
 from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_file, sync_folder, write_atomically
 from shared.fingerprint import sha256_of_text, tokenizer_fingerprint
-from shared.manifest import MANIFEST_NAME, Input, InputFile, Shard, Teacher, read_manifest, write_manifest
+from shared.manifest import MANIFEST_NAME, Input, InputFile, Shard, read_manifest, write_manifest
 from shared.pretrained import context_tokens, load_tokenizer
 from shared.progress import progress
 from shared.records import RecordReader
 from shared.text_config import TextSettings
 from shared.text_rows import Tally, TextRows
 from teacher_dump.config import DumpSettings
-from teacher_dump.engines import open_engine, teacher_identity
+from teacher_dump.engines import open_engine, require_in_vocabulary, teacher_identity
 from teacher_dump.keep import keep_rule
 from teacher_dump.plan import Plan, commit_plan
 from teacher_dump.scoring import Engine
@@ -114,15 +114,6 @@ def _survey(reader: RecordReader, text: TextRows) -> Survey:
     logger.info("read: %s", tally.summary())
     tally.require_rows()
     return Survey(tally=tally, largest_id=largest_id, longest_row=longest_row)
-
-
-def require_in_vocabulary(largest_id: int, teacher: Teacher) -> None:
-    """Raises MismatchError for an id that the teacher does not have."""
-    if largest_id >= teacher.vocab_size:
-        raise MismatchError(
-            f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {teacher.vocab_size}",
-            next_step="name the tokenizer that belongs to the teacher as teacher.tokenizer",
-        )
 
 
 def _input_identity(settings: TextSettings, reader: RecordReader, tally: Tally) -> Input:

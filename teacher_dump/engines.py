@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from shared.errors import MismatchError
 from shared.manifest import Teacher
 from shared.pretrained import model_identity
 from teacher_dump.config import TeacherSettings
@@ -24,7 +25,17 @@ def teacher_identity(settings: TeacherSettings) -> Teacher:
         import transformers
 
         version = transformers.__version__
-    return model_identity(settings, dtype=settings.dtype, engine=f"{settings.engine} {version}")
+    identity = model_identity(settings, dtype=settings.dtype, engine=f"{settings.engine} {version}")
+    return identity.model_copy(update={"engine_settings": settings.vllm.of_values()})
+
+
+def require_in_vocabulary(largest_id: int, teacher: Teacher) -> None:
+    """Raises MismatchError for an id that the teacher does not have."""
+    if largest_id >= teacher.vocab_size:
+        raise MismatchError(
+            f"the tokenizer gives id {largest_id}, but the teacher's vocabulary ends at {teacher.vocab_size}",
+            next_step="name the tokenizer that belongs to the teacher as teacher.tokenizer",
+        )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ sampling: Vitter, ACM TOMS 11, 1985), so that a file sorted by length or source 
 up comes its standard error.
 """
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,7 @@ from shared.rows import LogitRow, Positions, Row
 from shared.shard_writer import encode_shard
 from shared.text_rows import Tally, TextRows
 from teacher_dump.config import DumpSettings
-from teacher_dump.engines import open_engine, teacher_identity
+from teacher_dump.engines import open_engine, require_in_vocabulary, teacher_identity
 from teacher_dump.keep import keep_rule
 from teacher_dump.scoring import Engine, logits_bytes, require_finite
 from teacher_dump.units import storage_of
@@ -89,11 +90,14 @@ def estimate(
     num_records, drawn = draw(RecordReader(settings.data).records(), sample, seed)
     reading_s = time.monotonic() - begin_s
     tally, rows = Tally(), []
-    with TextRows(tokenizer, settings.data, context_tokens=context_tokens(settings.teacher)) as text:
+    # In this process: others take seconds to start, which a whole run has not to pay for each record.
+    alone = settings.data.model_copy(update={"processes": 1})
+    with TextRows(tokenizer, alone, context_tokens=context_tokens(settings.teacher)) as text:
         begin_s = time.monotonic()
         rows = list(text.rows(drawn, tally))
-        tokenizing_s = time.monotonic() - begin_s
+        tokenizing_s = (time.monotonic() - begin_s) / min(settings.data.processes, os.cpu_count() or 1)
     tally.require_rows()
+    require_in_vocabulary(max(*(int(row.input_ids_L.max()) for row in rows), *rule.always_ids, 0), identity)
     scale = num_records / len(drawn)
 
     begin_s = time.monotonic()
@@ -119,6 +123,8 @@ def estimate(
     beside = [seconds["read"], seconds["teacher"], seconds["write"]]
     seconds["total"] = seconds["read"] + seconds["load"] + (sum(beside) if device.type == "cpu" else max(beside))
     num_devices = settings.teacher.vllm.tensor_parallel * settings.teacher.vllm.pipeline_parallel
+    if settings.teacher.device_map is not None:
+        num_devices = max(1, torch.accelerator.device_count())
     itemsize = pick_dtype(identity.dtype).itemsize
     return Estimate(
         engine=identity.engine or settings.teacher.engine,

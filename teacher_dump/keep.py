@@ -25,7 +25,7 @@ from shared.errors import ConfigError
 from shared.rows import Positions
 from teacher_dump.config import KeepSettings
 
-FLOOR = torch.finfo(torch.float32).min  # a logit of −inf, as models give to padding, without −inf · 0 = NaN
+FLOOR = torch.finfo(torch.bfloat16).min  # a logit of −inf, or of any format's least, without −inf · 0 = NaN
 BLOCK = 512
 GROUP = 32
 SMALLEST_SUM = 1e-24

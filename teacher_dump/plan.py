@@ -60,8 +60,8 @@ class Plan(Settings):
         """
         now = _flat(self.model_dump(mode="json", exclude={"unit_records"}))
         then = _flat({key: earlier.get(key) for key in type(self).model_fields if key != "unit_records"})
-        if _name_of(then.get(ENGINE)) in (None, _name_of(now[ENGINE])):
-            then[ENGINE] = now[ENGINE]  # another version is no other engine; early dumps do not name it
+        if _name_of(then.get(ENGINE)) == _name_of(now[ENGINE]):
+            then[ENGINE] = now[ENGINE]  # another version is no other engine
         changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
         if changed:
             differences = "\n".join(f"  {key}: was {then.get(key)!r}, is {now.get(key)!r}" for key in changed)
@@ -89,8 +89,8 @@ def commit_plan(plan: Plan, work: Path) -> None:
         )
 
 
-def _name_of(engine: str | None) -> str | None:
-    return engine.split()[0] if engine else None
+def _name_of(engine: str | None) -> str:
+    return (engine or "transformers").split()[0]  # early dumps do not name it
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

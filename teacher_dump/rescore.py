@@ -1,8 +1,9 @@
 """Rows of a dataset scored again by the live teacher: is what is stored what this teacher says?
 
-Every chosen row is scored twice, in two orders, so that it shares its forward pass with other rows.  The first time
-is compared with the dataset; the second with the first, as a control: what the engine itself varies by.  A shift by
-one, another checkpoint or a wrong template would show in nats, where rounding and engines differ by thousandths.
+Every chosen row is scored twice, the second time in halves, so that it shares its forward pass with fewer others.
+The first time is compared with the dataset; the second with the first, as a control: what the engine itself varies by.
+A shift by one, another checkpoint or a wrong template would show in nats, where rounding and engines differ by
+thousandths.
 
 The live teacher keeps twice as many ids, so that what is stored is nearly always among them; what is not goes to the
 tail on both sides, by logaddexp, so the KL is that of the same outcomes.
@@ -66,6 +67,9 @@ def teacher_of(dataset: LogitDataset) -> dict[str, Any]:
     teacher = dataset.manifest.teacher
     engine = (teacher.engine or "transformers").split()[0]
     tree: dict[str, Any] = {"model": teacher.name, "dtype": teacher.dtype, "engine": engine}
+    if teacher.engine_settings:
+        arguments = dict(teacher.engine_settings)
+        tree["vllm"] = {"quantization": arguments.pop("quantization", None), "engine_args": arguments}
     return tree if teacher.revision is None else tree | {"revision": teacher.revision}
 
 
@@ -98,13 +102,13 @@ def rescore(
     always = (tokenizer.token_to_id(token) for token in manifest.keep["always"])
     always_ids = tuple(sorted({token_id for token_id in always if token_id is not None}))
     most_kept = manifest.keep["k"] if manifest.keep["method"] == "topk" else math.ceil(1 / manifest.keep["tau"])
-    rule = TopK(k=min(2 * most_kept, identity.vocab_size), min_prob=0.0, always_ids=always_ids)
-    order = random.Random(seed + 1).sample(range(len(bare)), len(bare))
-    units = [bare, [bare[index] for index in order]]
+    min_prob = manifest.keep.get("min_prob", 0.0) / 4
+    rule = TopK(k=min(2 * most_kept, identity.vocab_size), min_prob=min_prob, always_ids=always_ids)
+    units = [bare, bare[::2], bare[1::2]]
     longest = max(row.num_tokens for row in bare)
     with load(settings, identity, rule, manifest.temperatures, longest_row=longest) as engine:
-        first, second = engine.score(units)
-    again = [positions for _, positions in sorted(zip(order, second, strict=True), key=lambda pair: pair[0])]
+        first, even, odd = engine.score(units)
+    again = [half[index // 2] for index, half in enumerate((even, odd) * len(bare)) if index < len(bare)]
     for row, positions in zip(bare, first, strict=True):
         require_finite(row, positions)
     weight = float(np.float32(math.log(manifest.keep["tau"]))) if manifest.keep["method"] == "threshold" else None
@@ -132,10 +136,11 @@ def _drawn(dataset: LogitDataset, num_rows: int, seed: int) -> list[LogitRow]:
 
 
 def _difference(some: Sequence[Positions], others: Sequence[Positions], weight: float | None) -> Difference:
-    """Of the ids that `some` keep; `weight` is the log weight of those that are sampled, which say nothing."""
+    """Of the ids that `some` keep.  Where ids are sampled, `weight` is the log weight of those, which say nothing of
+    their probability; all that is more probable than that is stored as it is."""
     one, other = Positions.concatenate(some), Positions.concatenate(others)
     position_E, at_E = _places(one, other)
-    is_wanted_E = np.ones(len(at_E), dtype=bool) if weight is None else one.kept_logp_E != np.float32(weight)
+    is_wanted_E = np.ones(len(at_E), dtype=bool) if weight is None else one.kept_logp_E > np.float32(weight)
     is_common_E = is_wanted_E & (at_E >= 0)
     kept_E = np.abs(one.kept_logp_E.astype(np.float64) - other.kept_logp_E[at_E])[is_common_E]
     realised_P = np.abs(one.realised_logp_P.astype(np.float64) - other.realised_logp_P)

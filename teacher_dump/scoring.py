@@ -7,7 +7,7 @@ Shapes: N positions of a forward pass, D hidden, V = the teacher's config.vocab_
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Engine(Protocol):
     """What runs the teacher."""
 
-    def score(self, units: Iterable[Sequence[Row]]) -> Iterator[list[Positions]]:
+    def score(self, units: Iterable[Sequence[Row]]) -> Generator[list[Positions]]:
         """What the teacher says at every position of every row: for each unit a list in the order of its rows.
 
         A unit may be taken from `units` before the one before it is given back.
@@ -105,7 +105,7 @@ class Scorer:
     ) -> None:
         self._rule, self._temperatures, self._vocab_size = rule, tuple(temperatures), vocab_size
         self.chunk = Halved("teacher.chunk_positions", chunk_positions)
-        self._fp32_rows = Halved("positions in fp32", chunk_positions)
+        self.in_step_rows = Halved("positions in fp32", chunk_positions)
 
     def score(
         self,
@@ -118,30 +118,38 @@ class Scorer:
         """What is stored of N positions, from their hidden states; None where `logits_of` gives none.
 
         With `in_step_with_others` every call of `logits_of` is one that other ranks make as well, so its chunks
-        are not halved by one rank alone; what follows it may be.
+        are not halved by one rank alone; what follows it may be, on a copy, since `keep_chunk` overwrites what it gets.
         """
         device = hidden_ND.device
         label_N = torch.from_numpy(asked.label_N).to(device)
 
-        def keep(logits_NV: Tensor, rows: slice, part: slice) -> Positions:
-            at = slice(rows.start + part.start, rows.start + part.stop)
+        def keep(fp32_NV: Tensor, at: slice) -> Positions:
             draws = None if asked.draws_N is None else asked.draws_N[at]
-            # An engine may pad the vocabulary; what lies beyond config.vocab_size is no outcome.
-            fp32_NV = logits_NV[part, : self._vocab_size].float().contiguous()
             return keep_chunk(fp32_NV, label_N[at], self._rule, self._temperatures, draws).positions()
 
-        def chunk(rows: slice) -> list[Positions]:
-            logits_NV = logits_of(hidden_ND[rows])
-            if logits_NV is None:
-                return []
-            return self._fp32_rows.over(len(logits_NV), device, lambda part: keep(logits_NV, rows, part))
+        def alone(at: slice) -> Positions | None:
+            logits_NV = logits_of(hidden_ND[at])
+            # An engine may pad the vocabulary; what lies beyond config.vocab_size is no outcome.
+            return None if logits_NV is None else keep(logits_NV[:, : self._vocab_size].float().contiguous(), at)
 
+        def in_step(at: slice) -> list[Positions]:
+            logits_NV = logits_of(hidden_ND[at])
+
+            def part(rows: slice) -> Positions:
+                assert logits_NV is not None
+                copy_NV = logits_NV[rows, : self._vocab_size].to(torch.float32, copy=True).contiguous()
+                return keep(copy_NV, slice(at.start + rows.start, at.start + rows.stop))
+
+            return [] if logits_NV is None else self.in_step_rows.over(len(logits_NV), device, part)
+
+        parts: list[Positions | None] = []
         if in_step_with_others:
             size = self.chunk.size
-            parts = [chunk(slice(begin, begin + size)) for begin in range(0, len(hidden_ND), size)]
+            for begin in range(0, len(hidden_ND), size):
+                parts += in_step(slice(begin, begin + size))
         else:
-            parts = self.chunk.over(len(hidden_ND), device, chunk)
-        kept = [part for of_chunk in parts for part in of_chunk]
+            parts = self.chunk.over(len(hidden_ND), device, alone)
+        kept = [part for part in parts if part is not None]
         return Positions.concatenate(kept) if kept else None
 
 

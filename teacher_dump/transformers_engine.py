@@ -7,7 +7,7 @@ Memory: the body's activations for batch_tokens, and the logits of a chunk; see 
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,11 +38,12 @@ class TransformersEngine:
         model = load_model(
             settings, dtype=pick_dtype(identity.dtype), device=device, device_map=settings.device_map
         ).eval()
-        if model.get_output_embeddings().weight.is_meta:
-            raise ConfigError(
-                "teacher.device_map puts the output layer off the devices, where it cannot be applied by hand",
-                next_step="keep it on a device: a device_map by hand, as transformers documents it, with lm_head: 0",
-            )
+        for name, layer in (("first", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+            if layer.weight.is_meta:
+                raise ConfigError(
+                    f"teacher.device_map puts the {name} layer off the devices, where it cannot be used directly",
+                    next_step="keep it on a device: a device_map by hand, as transformers documents it",
+                )
         self._body, self._head = split_model(model)
         self._device = model.get_input_embeddings().weight.device
         self._batch_tokens = settings.batch_tokens
@@ -55,7 +56,7 @@ class TransformersEngine:
         self._num_tokens = self._num_computed = 0
 
     @torch.inference_mode()
-    def score(self, units: Iterable[Sequence[Row]]) -> Iterator[list[Positions]]:
+    def score(self, units: Iterable[Sequence[Row]]) -> Generator[list[Positions]]:
         """See `scoring.Engine`.
 
         Raises:
@@ -89,7 +90,8 @@ class TransformersEngine:
                 next_step="set data.max_tokens with on_too_long, or spread the teacher with device_map: auto",
             )
         free_cached_memory(self._device)
-        self._batch_tokens = max(1, self._batch_tokens // 2)
+        computed = len(rows) * self._filled(max(row.num_tokens for row in rows))
+        self._batch_tokens = min(self._batch_tokens, max(1, computed // 2))  # of a unit several batches may fail
         logger.warning("out of memory on %s: teacher.batch_tokens is %d from now on", self._device, self._batch_tokens)
         half = len(rows) // 2
         return self._score_batch(rows[:half]) + self._score_batch(rows[half:])

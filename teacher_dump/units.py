@@ -10,8 +10,8 @@ hashed and written in another.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -101,7 +101,7 @@ class Units:
             if number in todo:
                 yield Unit(number=number, num_records=len(batch), rows=list(self.text.rows(batch, Tally())))
 
-    def _scored(self, units: Iterator[Unit]) -> Iterator[tuple[Unit, list[Positions]]]:
+    def _scored(self, units: Generator[Unit]) -> Iterator[tuple[Unit, list[Positions]]]:
         with self.open_engine() as engine:
             under_way: deque[Unit] = deque()
 
@@ -110,8 +110,9 @@ class Units:
                     under_way.append(unit)
                     yield unit.rows
 
-            for positions in engine.score(rows()):
-                yield under_way.popleft(), positions
+            with closing(units), closing(engine.score(rows())) as scored:
+                for positions in scored:
+                    yield under_way.popleft(), positions
 
     def _commit(self, scored: tuple[Unit, list[Positions]]) -> tuple[Unit, Shard | None]:
         unit, positions = scored

@@ -71,7 +71,7 @@ class _Request:
     draws_P: np.ndarray[Any, Any] | None
     parts: list[Positions] = field(default_factory=list)
     done: int = 0
-    """Positions that the parts hold."""
+    """Positions computed, on this rank or another of its group."""
 
 
 class WorkerExtension:
@@ -101,7 +101,15 @@ class WorkerExtension:
         return self._logitferry.take(request_ids)
 
     def logitferry_chunk_positions(self) -> int:
-        return self._logitferry.scorer.chunk.size
+        """How many positions' logits live at once by now."""
+        scorer = self._logitferry.scorer
+        return min(scorer.chunk.size, scorer.in_step_rows.size)
+
+
+def _tensor_parallel_rank() -> int:
+    from vllm.distributed import get_tensor_model_parallel_rank  # pyright: ignore[reportMissingImports]
+
+    return get_tensor_model_parallel_rank()
 
 
 class _Capture:
@@ -112,6 +120,7 @@ class _Capture:
         self._requests: dict[str, _Request] = {}
         parallel = runner.parallel_config
         self._in_step_with_others = parallel.tensor_parallel_size > 1
+        self._is_first_rank = not self._in_step_with_others or _tensor_parallel_rank() == 0
 
     @torch.inference_mode()
     def __call__(self, hidden_states: Tensor, scheduled: Any) -> Any:
@@ -125,10 +134,11 @@ class _Capture:
             state = self._runner.requests[request_id]
             begin = int(state.num_computed_tokens)
             if (request := self._request(state)) is not None:
-                if begin == 0:
+                is_complete = request.done == len(request.source_P)
+                if begin == 0 and not is_complete:
                     request.parts, request.done = [], 0  # for the first time, or again after a preemption
                 first, last = np.searchsorted(request.source_P, [begin, begin + count])
-                if last > first:
+                if last > first and not is_complete:
                     places.append(request.source_P[first:last] - begin + offset)
                     pieces.append((request, slice(int(first), int(last))))
             offset += count
@@ -142,15 +152,19 @@ class _Capture:
             label_N=np.concatenate([request.label_P[at] for request, at in pieces]),
             draws_N=np.concatenate(draws) if draws else None,
         )
-        positions = self.scorer.score(
-            hidden_ND, asked, self._runner.model.compute_logits, in_step_with_others=self._in_step_with_others
-        )
-        if positions is None:
-            return  # another rank of the tensor-parallel group has the logits
-        for (request, at), part in zip(pieces, positions.split([at.stop - at.start for _, at in pieces]), strict=True):
+        positions = self.scorer.score(hidden_ND, asked, self._logits_of, in_step_with_others=self._in_step_with_others)
+        for request, at in pieces:  # on every rank alike, since it decides what is computed next
             assert request.done == at.start, f"positions {at} of a request came after {request.done}"
-            request.parts.append(part)
             request.done = at.stop
+        if positions is not None:
+            parts = positions.split([at.stop - at.start for _, at in pieces])
+            for (request, _), part in zip(pieces, parts, strict=True):
+                request.parts.append(part)
+
+    def _logits_of(self, hidden_ND: Tensor) -> Tensor | None:
+        """On every rank, since they compute them together; kept on the first, although all may have them."""
+        logits_NV = self._runner.model.compute_logits(hidden_ND)
+        return logits_NV if self._is_first_rank else None
 
     def _request(self, state: Any) -> _Request | None:
         asked = (getattr(state.sampling_params, "extra_args", None) or {}).get(ASKED)

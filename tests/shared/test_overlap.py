@@ -119,6 +119,29 @@ def test_what_was_handed_over_is_put_away_although_the_next_cannot_be_made():
     assert done == [0, 1, 2]
 
 
+def test_what_makes_the_items_is_closed_before_an_error_is_raised():
+    """It may hold a device; whoever catches the error may want to open it again."""
+    closed: list[str] = []
+
+    def items() -> Iterator[int]:
+        try:
+            yield from range(100)
+        finally:
+            closed.append("items")
+
+    def work(_n: int) -> None:
+        raise OSError("the disk is full")
+
+    watch = Stopwatch("items", "work")
+    error: OSError | None = None
+    try:
+        list(watch.of("work", put_away(work, watch.of("items", items()), 2)))
+    except OSError as caught:
+        error = caught
+        assert closed == ["items"]
+    assert error is not None
+
+
 def test_no_thread_is_left():
     before = threading.active_count()
     ahead = made_ahead(range(100), 3)

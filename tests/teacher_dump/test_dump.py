@@ -65,7 +65,9 @@ def test_every_position_of_every_family_of_heads(tmp_path: Path, chats: Path):
         teacher = make_model(tmp_path / family, family=family, spread=2.0)
         make_tokenizer(teacher)
         dataset = run_dump(dump_settings(teacher, chats, tmp_path / f"{family}-out"))
-        model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            teacher, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         row = all_rows(dataset)[2]
         with torch.no_grad():
             logp_LV = torch.log_softmax(model(torch.tensor(row.input_ids_L, dtype=torch.long)[None]).logits[0], dim=1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import teacher_dump.keep as keep
 import teacher_dump.scoring as scoring
 from shared.errors import LogitferryError
 from shared.rows import Positions, Row
@@ -69,12 +70,12 @@ def test_chunks_change_nothing_and_padding_of_the_vocabulary_is_no_outcome(rule:
 def short_of_memory(most: int) -> Any:
     keep_chunk = scoring.keep_chunk
 
-    def keep(logits_NV: torch.Tensor, *rest: Any) -> Any:
+    def short(logits_NV: torch.Tensor, *rest: Any) -> Any:
         if len(logits_NV) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.32 GiB")
         return keep_chunk(logits_NV, *rest)
 
-    return keep
+    return short
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -85,9 +86,30 @@ def test_short_of_memory_chunks_are_halved_and_give_the_same(
     monkeypatch.setattr(scoring, "keep_chunk", short_of_memory(6))
     assert_same(scored(rule, chunk=16), whole)
     assert [record.message for record in caplog.records] == [
-        "out of memory on cpu: positions in fp32 is 8 from now on",
-        "out of memory on cpu: positions in fp32 is 4 from now on",
+        "out of memory on cpu: teacher.chunk_positions is 8 from now on",
+        "out of memory on cpu: teacher.chunk_positions is 4 from now on",
     ]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("in_step", [False, True])
+@pytest.mark.parametrize("failing", range(4))
+def test_memory_that_runs_out_in_the_middle_of_a_chunk_leaves_no_trace(
+    failing: int, in_step: bool, rule: TopK | Threshold, monkeypatch: pytest.MonkeyPatch
+):
+    """`keep_chunk` works in place: what it has overwritten by then must not be what is tried again."""
+    whole = scored(rule, chunk=1000)
+    monkeypatch.setattr(keep, "block_bytes", lambda _device: 16 * V * 3)  # blocks of three positions
+    keep_block, calls = keep._keep_block, iter(range(1000))
+
+    def once_short(*arguments: Any) -> Any:
+        kept = keep_block(*arguments)  # overwrites the logits
+        if next(calls) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return kept
+
+    monkeypatch.setattr(keep, "_keep_block", once_short)
+    assert_same(scored(rule, chunk=16, in_step=in_step), whole)
 
 
 def test_in_step_with_other_ranks_every_chunk_of_logits_is_computed_once(monkeypatch: pytest.MonkeyPatch):
@@ -106,7 +128,7 @@ def test_a_rank_without_logits_gives_nothing():
 
 def test_memory_for_not_even_one_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(scoring, "keep_chunk", short_of_memory(0))
-    with pytest.raises(LogitferryError, match="out of memory on cpu with positions in fp32 at 1"):
+    with pytest.raises(LogitferryError, match=r"out of memory on cpu with teacher\.chunk_positions at 1"):
         scored(RULES[0], chunk=8)
 
 

@@ -95,6 +95,27 @@ def test_a_batch_without_memory_is_halved_and_gives_the_same(
     assert "out of memory on cpu: teacher.batch_tokens is 150 from now on" in caplog.text
 
 
+def test_several_batches_without_memory_do_not_make_later_ones_ever_smaller(
+    teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, ...]]
+):
+    """The batches of a unit are cut before the first of them fails."""
+    noted = PaddedBatch.hidden_at_positions
+
+    def small(self: PaddedBatch, body: torch.nn.Module) -> torch.Tensor:
+        if self.input_ids_BL.numel() > 160:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return noted(self, body)
+
+    monkeypatch.setattr(PaddedBatch, "hidden_at_positions", small)
+    settings = TeacherSettings.model_validate({"model": str(teacher_folder), "device": "cpu", "batch_tokens": 300})
+    mask = np.arange(30) > 0
+    rows = [Row(sample_id="x", input_ids_L=np.arange(30, dtype=np.int32), label_mask_L=mask)] * 60
+    with open_engine(settings, teacher_identity(settings), RULES[0], [1.0], longest_row=30) as engine:
+        list(engine.score([rows, rows[:5]]))
+    assert shapes[-1] == (5, 30)
+    assert shapes[:-1] == [(5, 30)] * 12
+
+
 def test_one_row_without_memory_is_an_error_with_advice(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch):
     def none(_self: PaddedBatch, _body: torch.nn.Module) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -126,6 +147,22 @@ def test_a_device_map_changes_no_value(teacher_folder: Path):
 def test_settings_of_another_engine_are_refused(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         TeacherSettings.model_validate({"model": "m"} | changes)
+
+
+def test_what_values_may_depend_on_is_part_of_the_teacher(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A dump that began with a quantized teacher must not go on without; another machine's memory is no matter."""
+    monkeypatch.setattr("teacher_dump.vllm_engine.vllm_version", lambda: "0.32.0")
+
+    def engine_settings(**vllm: Any) -> dict[str, Any]:
+        settings = TeacherSettings.model_validate({"model": str(teacher_folder), "engine": "vllm", "vllm": vllm})
+        return teacher_identity(settings).engine_settings
+
+    assert engine_settings() == engine_settings(tensor_parallel=8, memory_fraction=0.5, max_rows=3) == {}
+    arguments = {"kv_cache_memory_bytes": 1 << 30, "hf_overrides": {"head_dtype": "float32"}}
+    assert engine_settings(quantization="fp8", engine_args=arguments) == {
+        "hf_overrides": {"head_dtype": "float32"},
+        "quantization": "fp8",
+    }
 
 
 def test_vllm_that_is_not_installed_is_said_before_anything_is_read(

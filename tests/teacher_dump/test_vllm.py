@@ -3,6 +3,7 @@
 Agreement is stated as 1e-4 nats in fp32: the two order their sums differently.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_a_chunk_without_memory_is_halved_and_stays_so(
 
     monkeypatch.setattr(scoring, "keep_chunk", small_memory)
     assert_agree(scored(settings_of(teacher, "vllm")), expected)
-    assert "positions in fp32 is 9 from now on" in caplog.text
+    assert "out of memory: teacher.chunk_positions is 6 from now on" in caplog.text
     monkeypatch.setattr(scoring, "keep_chunk", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
     with pytest.raises(LogitferryError, match="out of memory"):
         scored(settings_of(teacher, "vllm"))
@@ -166,6 +167,11 @@ def test_the_other_model_runner_is_refused(teacher: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER is set"):
         scored(settings_of(teacher, "vllm"))
+
+
+def test_a_chunk_larger_than_the_device_is_refused(teacher: Path):
+    with pytest.raises(ConfigError, match=r"the logits of teacher\.chunk_positions, 100000000, take \d+%"):
+        scored(settings_of(teacher, "vllm", chunk_positions=100_000_000, batch_tokens=100_000_000))
 
 
 def test_what_vllm_refuses_is_said_in_its_words(teacher: Path):
@@ -213,9 +219,10 @@ def test_a_replica_of_two_processes_dumps_the_same(parallel: str, tmp_path: Path
     )
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "teacher_dump", "run", str(config)],
+        [sys.executable, "-m", "teacher_dump", "run", str(config), "--json"],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads(run.stdout)["rows"] == 23, "nothing but the answer is on standard output"
     one = run_dump(dump_settings(teacher, chats, tmp_path / "one"))
     assert_same_dataset(LogitDataset.open(tmp_path / "two"), one)
