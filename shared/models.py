@@ -7,7 +7,7 @@ with the model's own forward pass on a few tokens and refuses a model where they
 Shapes: N rows of hidden states, D hidden size, V = config.vocab_size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ class OutputHead:
     @property
     def vocab_size(self) -> int:
         return self.weight_VD.shape[0]
+
+    def of_vocabulary(self, vocab_size: int) -> "OutputHead":
+        """Without the rows of the matrix that lie beyond, which are padding."""
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return replace(self, weight_VD=self.weight_VD[:vocab_size], bias_V=bias_V)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits [N, V].  The matrix product runs in the model's dtype, all that follows in fp32."""

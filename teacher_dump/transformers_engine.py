@@ -44,7 +44,9 @@ class TransformersEngine:
                     f"teacher.device_map puts the {name} layer off the devices, where it cannot be used directly",
                     next_step="keep it on a device: a device_map by hand, as transformers documents it",
                 )
-        self._body, self._head = split_model(model)
+        self._body, head = split_model(model)
+        # Here, and not of the logits, of which it would make a copy.
+        self._head = head.of_vocabulary(identity.vocab_size)
         self._device = model.get_input_embeddings().weight.device
         self._batch_tokens = settings.batch_tokens
         self._is_static = settings.static_shapes

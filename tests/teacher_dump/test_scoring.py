@@ -164,3 +164,33 @@ def test_the_cpus_own_allocator_without_memory_is_recognised(tmp_path: Path):
     assert last == "16 True"
     assert log == [f"out of memory on cpu: teacher.chunk_positions is {size} from now on" for size in (32, 16)]
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY, "the limit was the other process's"
+
+
+def test_a_chunk_takes_no_more_memory_than_is_counted_for_it(tmp_path: Path):
+    """By the operating system's account, of a process of its own, for bf16 logits that the head turns into fp32."""
+    script = tmp_path / "peak.py"
+    script.write_text(
+        textwrap.dedent("""
+        import resource, torch
+        from shared.models import OutputHead
+        from teacher_dump.keep import TopK
+        from teacher_dump.scoring import Asked, Scorer, logits_bytes
+        import numpy as np
+        torch.set_num_threads(1)
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        head = OutputHead(weight_VD=torch.randn(100_003, 8).bfloat16(), bias_V=None, softcap=None, scale=1.0)
+        rule = TopK(k=64, min_prob=0.0, always_ids=())
+        def run(n, chunk):
+            scorer = Scorer(rule, [1.0, 2.0], vocab_size=100_003, chunk_positions=chunk)
+            asked = Asked(label_N=np.zeros(n, dtype=np.int64), draws_N=None)
+            scorer.score(torch.randn(n, 8).bfloat16(), asked, head.logits)
+        with torch.inference_mode():
+            run(4, 4)
+            before = peak()
+            run(1200, 400)
+        print((peak() - before) / logits_bytes(400, 100_003, 2, torch.device("cpu")))
+        """)
+    )
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert 0.5 < float(run.stdout) < 1.05, "three chunks of 400 positions take the memory of one"
