@@ -48,12 +48,11 @@ def run_dump(
     output = Path(settings.output)
     claim_folder(output, [MANIFEST_NAME, WORK_FOLDER])
     (output / WORK_FOLDER).mkdir(exist_ok=True)
-    tokenizer = load_tokenizer(settings.teacher)
+    tokenizer, identity = load_tokenizer(settings.teacher), teacher_identity(settings.teacher)
     rule = keep_rule(settings.keep, tokenizer)
     reader = RecordReader(settings.data)
     with TextRows(tokenizer, settings.data, context_tokens=context_tokens(settings.teacher)) as text:
         survey = _survey(reader, text)
-        identity = teacher_identity(settings.teacher)
         require_in_vocabulary(max(survey.largest_id, *rule.always_ids, 0), identity)
         template = tokenizer.chat_template
         plan = Plan(

@@ -11,6 +11,7 @@ from shared.batching import PaddedBatch
 from shared.errors import ConfigError, LogitferryError
 from shared.rows import Positions, Row
 from teacher_dump.config import DumpSettings, TeacherSettings
+from teacher_dump.dump import run_dump
 from teacher_dump.engines import open_engine, teacher_identity
 from teacher_dump.keep import Threshold, TopK
 
@@ -166,11 +167,12 @@ def test_what_values_may_depend_on_is_part_of_the_teacher(teacher_folder: Path, 
 
 
 def test_vllm_that_is_not_installed_is_said_before_anything_is_read(
-    teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("teacher_dump.vllm_engine.vllm_version", lambda: None)
+    teacher = {"model": str(teacher_folder), "engine": "vllm"}
     settings = DumpSettings.model_validate(
-        {"teacher": {"model": str(teacher_folder), "engine": "vllm"}, "data": {"files": ["x"]}, "output": "y"}
+        {"teacher": teacher, "data": {"files": [str(tmp_path / "none")]}, "output": str(tmp_path / "out")}
     )
     with pytest.raises(ConfigError, match="vLLM is not installed\n  next: pip install 'logitferry\\[vllm\\]'"):
-        teacher_identity(settings.teacher)
+        run_dump(settings)
