@@ -16,7 +16,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/logitferry
+CACHE := $(or $(XDG_CACHE_HOME),$(if $(HOME),$(HOME),$(CURDIR))/.cache)/logitferry
 VLLM_VENV := $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-16)
 VLLM_PYTHON := PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
