@@ -66,7 +66,7 @@ def test_doctor_finds_nothing_to_mend_where_all_is_well_and_leaves_nothing_behin
     assert checks == [*machine, "model", "tokenizer", "weights", "data", "disk", "output"]
     shown = "\n".join(render(findings))
     for text in (
-        f"torch {torch.__version__}",
+        f"torch {importlib.metadata.version('torch')}",
         "Qwen2ForCausalLM",
         "in float32 on cpu",
         "chats.jsonl:1 is chat (messages)",
