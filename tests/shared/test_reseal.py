@@ -86,6 +86,19 @@ def test_merge_of_merges_remembers_where_all_came_from(dumps: tuple[Path, Path],
     assert again.manifest.history[1].parents == [part.identity(), second.identity()]
 
 
+def test_merge_takes_what_two_engines_said_of_one_teacher(dumps: tuple[Path, Path], tmp_path: Path):
+    second = shutil.copytree(dumps[1], tmp_path / "second")
+    manifest = json.loads((second / "manifest.json").read_text())
+    manifest["teacher"]["engine"] = "vllm 0.32.0"
+    (second / "manifest.json").write_text(json.dumps(manifest))
+    merged = merge([LogitDataset.open(dumps[0]), LogitDataset.open(second)], tmp_path / "both")
+    assert merged.manifest.total("rows") == 24
+    manifest["teacher"]["engine_settings"] = {"quantization": "fp8"}
+    (second / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MismatchError, match="has teacher"):
+        merge([LogitDataset.open(dumps[0]), LogitDataset.open(second)], tmp_path / "other")
+
+
 def test_merge_refuses_samples_that_come_twice(dumps: tuple[Path, Path], tmp_path: Path):
     first = LogitDataset.open(dumps[0])
     with pytest.raises(

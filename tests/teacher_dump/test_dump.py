@@ -20,16 +20,6 @@ from tests.data import chat_records, dump_settings, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_records(23))
-
-
-@pytest.fixture(scope="module")
-def sealed(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, chats: Path) -> LogitDataset:
-    return run_dump(dump_settings(teacher_folder, chats, tmp_path_factory.mktemp("dump") / "out"))
-
-
 def all_rows(dataset: LogitDataset) -> list[LogitRow]:
     return [row for index in range(len(dataset.manifest.shards)) for row in dataset.read_shard(index)]
 
