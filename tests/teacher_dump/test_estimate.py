@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from shared.errors import RecordError
+from shared.errors import MismatchError, RecordError
 from teacher_dump.cli import cli
 from teacher_dump.dump import run_dump
 from teacher_dump.estimate import Estimate, _scaled, draw, estimate
 from tests.data import chat_records, dump_settings, write_jsonl
+from tests.tiny import make_model, make_tokenizer
 
 
 def estimated(teacher: Path, files: Path, output: Path, sample: int, **changes: Any) -> Estimate:
@@ -90,6 +91,14 @@ def test_bad_records_stop_it_as_they_would_the_dump(teacher_folder: Path, tmp_pa
     files = write_jsonl(tmp_path / "chats.jsonl", records)
     with pytest.raises(RecordError, match=r"chats\.jsonl:4"):
         estimated(teacher_folder, files, tmp_path / "out", sample=5)
+
+
+def test_a_tokenizer_that_exceeds_the_teachers_vocabulary_is_refused(tmp_path: Path):
+    teacher = make_model(tmp_path / "teacher", vocab_size=60)
+    make_tokenizer(teacher)
+    files = write_jsonl(tmp_path / "chats.jsonl", chat_records(5))
+    with pytest.raises(MismatchError, match="but the teacher's vocabulary ends at 60"):
+        estimated(teacher, files, tmp_path / "out", sample=5)
 
 
 def test_the_command_tells_people_and_programs(teacher_folder: Path, tmp_path: Path):
