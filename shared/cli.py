@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from shared import __version__
+from shared.amounts import seconds_of
 from shared.config import Settings, load_settings, settings_yaml
 from shared.errors import INTERRUPTED_EXIT_CODE, LogitferryError
 
@@ -76,10 +78,63 @@ def emit(result: dict[str, Any], lines: list[str], *, as_json: bool) -> None:
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
+class _Duration(click.ParamType):
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return value if isinstance(value, float) else seconds_of(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+stop_after_option = click.option(
+    "--stop-after",
+    "stop_after_s",
+    type=_Duration(),
+    help="Stop after 3h50m or the like, as if interrupted: exit code 75.",
+)
+
+
+def stop_after(seconds: float | None) -> None:
+    """Interrupt this process in so many seconds; called while `run_command` runs a command."""
+    if seconds is not None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+class _Stop:
+    """Turns signals into KeyboardInterrupt, and remembers which one came."""
+
+    SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM", signal.SIGALRM: "out of time"}
+    AGAIN_S = 10.0
+
+    def __init__(self) -> None:
+        self.said: str | None = None
+        self._stopped_s = 0.0
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """Schedulers send SIGTERM more than once; only Ctrl-C breaks into what is still being put away."""
+        if self.said is not None and number != signal.SIGINT and time.monotonic() - self._stopped_s < self.AGAIN_S:
+            return
+        self.said, self._stopped_s = self.SAID[signal.Signals(number)], time.monotonic()
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        previous = {number: signal.signal(number, self) for number in self.SAID}
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
 def run_command(group: click.Command) -> None:
     """Run a command and leave the process with the exit code of what happened."""
+    stop = _Stop()
     try:
-        with _sigterm_interrupts(), _log_on_stderr():
+        with stop.listening(), _log_on_stderr():
             code = group.main(standalone_mode=False)
     except click.exceptions.Exit as end:
         code = end.exit_code
@@ -90,7 +145,6 @@ def run_command(group: click.Command) -> None:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted\n  next: run the same command again", err=True)
         code = INTERRUPTED_EXIT_CODE
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stdout = None
@@ -108,21 +162,12 @@ def run_command(group: click.Command) -> None:
         click.echo(f"error: {type(error).__name__}: {error}", err=True)
         click.echo("  next: run again with LOGITFERRY_TRACEBACK=1 and report what it prints", err=True)
         code = 1
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, which schedulers send before they kill, does what Ctrl-C does."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    code = code if isinstance(code, int) else 0
+    if code and stop.said:  # also where a library's own processes were stopped first, and that is what was told
+        code = INTERRUPTED_EXIT_CODE
+    if code == INTERRUPTED_EXIT_CODE:
+        click.echo(f"{stop.said or 'interrupted'}\n  next: run the same command again", err=True)
+    sys.exit(code)
 
 
 class _EchoHandler(logging.Handler):

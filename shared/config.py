@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import ConfigError
 
+CONFIG_SUFFIXES = (".yaml", ".yml")
+
 
 class Settings(BaseModel):
     """Base of every part of a config tree: frozen, and closed to unknown keys."""

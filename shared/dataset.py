@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from shared.errors import DamagedDataError
-from shared.files import sha256_of_file, why_no_file
+from shared.errors import DamagedDataError, UnsealedDatasetError
+from shared.files import sha256_of_bytes, sha256_of_file, why_no_file
 from shared.fingerprint import tokenizer_fingerprint
-from shared.manifest import MANIFEST_NAME, Manifest, read_manifest
+from shared.folders import LocalFolder, open_folder
+from shared.manifest import FINISH, MANIFEST_NAME, UNSEALED, Manifest, parse_manifest, read_manifest
 from shared.rows import LogitRow
 from shared.shard_reader import read_names, read_row_groups
 
@@ -80,31 +81,51 @@ class LogitDataset:
         return tokenizer
 
     def info(self) -> dict[str, Any]:
-        """What `logit-shards info --json` prints; all of it stands in the manifest."""
-        manifest = self.manifest
-        positions = manifest.total("positions")
-        per_position = 1 / positions if positions else 0.0
-        losses = manifest.loss_nats
-        return {
-            "format_version": manifest.format_version,
-            "identity": self.identity(),
-            "rows": manifest.total("rows"),
-            "tokens": manifest.total("tokens"),
-            "positions": positions,
-            "kept_per_position": manifest.total("kept") * per_position,
-            "kept_mass": manifest.total("kept_mass") * per_position,
-            "bytes_per_position": manifest.total("teacher_bytes") * per_position,
-            "mean_kl_nats": losses[0] if losses and manifest.row_format.has_tails else None,
-            "mean_loss_nats": {f"{T:g}": loss for T, loss in zip(manifest.temperatures, losses, strict=False)},
-            "keep": manifest.keep,
-            "temperatures": manifest.temperatures,
-            "vocab_size": manifest.vocab_size,
-            "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
-            "chat_template_sha256": manifest.chat_template_sha256,
-            "teacher": manifest.teacher.model_dump(),
-            "inputs": [each.model_dump() for each in manifest.inputs],
-            "history": [event.model_dump() for event in manifest.history],
-            "size_bytes": manifest.total("size_bytes"),
-            "shards": len(manifest.shards),
-            "missing": manifest.missing,
-        }
+        """See `manifest_info`."""
+        return manifest_info(self.manifest, self.identity())
+
+
+def read_info(url: str) -> dict[str, Any]:
+    """What `logit-shards info --json` prints of the dataset at a path or fsspec URL; reads the manifest alone.
+
+    Raises:
+        ConfigError, UnsealedDatasetError, UnknownVersionError, DamagedManifestError: see `read_manifest`.
+    """
+    folder = open_folder(url)
+    if isinstance(folder, LocalFolder):
+        return LogitDataset.open(folder.path).info()
+    try:
+        data = folder.read(MANIFEST_NAME)
+    except FileNotFoundError:
+        raise UnsealedDatasetError(UNSEALED.format(url), next_step=FINISH) from None
+    return manifest_info(parse_manifest(data, f"{url}/{MANIFEST_NAME}"), sha256_of_bytes(data))
+
+
+def manifest_info(manifest: Manifest, identity: str) -> dict[str, Any]:
+    """What a manifest says; `identity` is the sha256 of its bytes."""
+    positions = manifest.total("positions")
+    per_position = 1 / positions if positions else 0.0
+    losses = manifest.loss_nats
+    return {
+        "format_version": manifest.format_version,
+        "identity": identity,
+        "rows": manifest.total("rows"),
+        "tokens": manifest.total("tokens"),
+        "positions": positions,
+        "kept_per_position": manifest.total("kept") * per_position,
+        "kept_mass": manifest.total("kept_mass") * per_position,
+        "bytes_per_position": manifest.total("teacher_bytes") * per_position,
+        "mean_kl_nats": losses[0] if losses and manifest.row_format.has_tails else None,
+        "mean_loss_nats": {f"{T:g}": loss for T, loss in zip(manifest.temperatures, losses, strict=False)},
+        "keep": manifest.keep,
+        "temperatures": manifest.temperatures,
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+        "chat_template_sha256": manifest.chat_template_sha256,
+        "teacher": manifest.teacher.model_dump(),
+        "inputs": [each.model_dump() for each in manifest.inputs],
+        "history": [event.model_dump() for event in manifest.history],
+        "size_bytes": manifest.total("size_bytes"),
+        "shards": len(manifest.shards),
+        "missing": manifest.missing,
+    }

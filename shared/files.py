@@ -4,8 +4,10 @@ import hashlib
 import os
 import stat
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from shared.errors import ConfigError, OutputError
 
@@ -38,16 +40,19 @@ def claim_folder(folder: Path, ours: Sequence[str]) -> None:
         ) from None
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
+def write_atomically(path: Path, data: bytes | memoryview, *, aside: Path | None = None) -> None:
     """Write `data` so that `path` never shows a part of it, also across a power cut.
 
     Raises OutputError where the disk is full or not writable; what was there before stays.
 
-    A crash leaves at most a file with TEMPORARY_PREFIX beside `path`; nothing reads those.
+    A crash leaves at most a file with TEMPORARY_PREFIX beside `path`, or in the folder `aside` of the same file system;
+    nothing reads those.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
+    # Writers may be processes of several machines.
+    temporary = (aside or path.parent) / f"{TEMPORARY_PREFIX}{path.name}.{uuid.uuid4().hex}"
     try:
+        _make_folder(path.parent)
+        _make_folder(temporary.parent)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
@@ -61,6 +66,14 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             ) from error
         raise
     sync_folder(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder whose name is durable, and those above it."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_tree(folder: Path) -> None:
@@ -101,8 +114,12 @@ def sha256_of_bytes(data: bytes | memoryview) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
+        return sha256_of_stream(file)
+
+
+def sha256_of_stream(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(HASH_BLOCK_BYTES):
+        digest.update(block)
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from pydantic import ConfigDict
 from tokenizers import Tokenizer
 
-from shared.config import Settings, check_settings, read_yaml
+from shared.config import CONFIG_SUFFIXES, Settings, check_settings, read_yaml
 from shared.dataset import LogitDataset
 from shared.errors import ConfigError
 from shared.manifest import MANIFEST_NAME
@@ -18,8 +18,6 @@ from shared.raw_records import BadRecord
 from shared.records import Record, RecordReader
 from shared.rows import Row
 from shared.text_config import TextSettings
-
-CONFIG_SUFFIXES = (".yaml", ".yml")
 
 Thing = TypeVar("Thing")
 

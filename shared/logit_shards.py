@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from shared.cli import command_group, emit, json_option, run_command
-from shared.dataset import LogitDataset
+from shared.dataset import LogitDataset, read_info
 from shared.errors import ConfigError, DamagedDataError
 from shared.files import write_atomically
 from shared.inspected import Selection, next_step, open_inspected
@@ -35,7 +35,7 @@ def cli() -> None:
 @json_option
 def info_command(dataset: str, as_json: bool) -> None:
     """Say what DATASET holds, from its manifest alone."""
-    info = LogitDataset.open(dataset).info()
+    info = read_info(dataset)
     emit(info, _info_lines(dataset, info), as_json=as_json)
 
 

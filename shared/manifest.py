@@ -19,6 +19,8 @@ from shared.schema import RowFormat
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CREATED_BY = f"logitferry {__version__}"
+UNSCORABLE_NAME = "unscorable.jsonl"
+"""A line for each row that the teacher could not score: `unit`, `sample_id`, `source`, `reason`."""
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_MANIFEST_VALUES = 1 << 22
 """Numbers, strings, lists and so on: those of 300,000 shards, and a GiB of memory at most."""
@@ -31,6 +33,8 @@ SHA256 = r"^[0-9a-f]{64}$"
 FILE_PATH = r"^([^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*/)*[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$"
 """No part of it begins with a dot, so that none leads out of the folder."""
 COPY_AGAIN = "copy manifest.json again from where the dataset came from"
+UNSEALED = "{} is no sealed dataset: it has no manifest.json"
+FINISH = "finish the dump: run the same `teacher-dump run` again"
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 100.0  # with at most three decimals, so that each names a column
 
 
@@ -207,9 +211,13 @@ def is_temperature(temperature: float) -> bool:
     return MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE and round(temperature, 3) == temperature
 
 
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """What stands in the file."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    write_atomically(folder / MANIFEST_NAME, text.encode())
+    write_atomically(folder / MANIFEST_NAME, manifest_bytes(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -228,14 +236,22 @@ def read_manifest(folder: Path) -> Manifest:
             next_step="check the path; a dataset is the folder that holds manifest.json",
         )
     try:
-        tree = _parse(_bytes_of(path))
+        data = _bytes_of(path)
     except FileNotFoundError:
-        raise UnsealedDatasetError(
-            f"{folder} is no sealed dataset: it has no manifest.json",
-            next_step="finish the dump: run the same `teacher-dump run` again",
-        ) from None
+        raise UnsealedDatasetError(UNSEALED.format(folder), next_step=FINISH) from None
     except OSError as error:
         raise DamagedManifestError(f"{path}: cannot be read: {error.strerror or error}", next_step=COPY_AGAIN) from None
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, path: str) -> Manifest:
+    """The manifest that these bytes are; `path` is for messages.
+
+    Raises:
+        UnknownVersionError, DamagedManifestError: see `read_manifest`.
+    """
+    try:
+        tree = _parse(data)
     except (ValueError, RecursionError) as error:
         raise DamagedManifestError(f"{path}: not valid JSON: {error}", next_step=COPY_AGAIN) from None
     if not isinstance(tree, dict):
@@ -259,19 +275,21 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _bytes_of(path: Path) -> bytes:
-    """The bytes of a manifest; raises OSError, or ValueError where there are too many of them."""
+    """The bytes of a manifest; raises OSError, also where there are too many of them."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError("it is not a file")
     if not path.resolve().is_relative_to(path.parent.resolve()):
         raise OSError("it is a link that leads outside the dataset")
     if status.st_size > MAX_MANIFEST_BYTES:
-        raise ValueError(f"{status.st_size} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
+        raise OSError(f"{status.st_size} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
     return path.read_bytes()
 
 
 def _parse(data: bytes) -> Any:
     """The tree of a JSON text; raises ValueError or RecursionError."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{len(data)} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
     if (values := sum(map(data.count, (b",", b"[", b"{")))) > MAX_MANIFEST_VALUES:
         raise ValueError(f"{values} values, at most {MAX_MANIFEST_VALUES} are allowed")
     tree = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)

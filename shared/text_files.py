@@ -1,7 +1,6 @@
 """Which text files there are: files, folders, globs and URLs, all by way of fsspec."""
 
 import difflib
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,9 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from shared.errors import ConfigError, LogitferryError
+from shared.files import sha256_of_stream
 from shared.fingerprint import sha256_of_json
 
-HASH_BLOCK_BYTES = 1 << 22
 COMPRESSIONS = (".zst", ".gz")
 EXPECTED = ".jsonl, .ndjson or .json (also .zst or .gz), .parquet, or the folder of a saved `datasets` dataset"
 SAVED_DATASET, SAVED_SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
@@ -140,11 +139,8 @@ def _advice(fs: AbstractFileSystem, path: str) -> str:
 
 
 def _sha256(fs: AbstractFileSystem, path: str) -> str:
-    digest = hashlib.sha256()
     with cast(BinaryIO, fs.open(path, "rb")) as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of_stream(file)
 
 
 @contextmanager

@@ -2,13 +2,28 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from shared.cli import command_group, config_options, emit, json_option, overrides_option, read_config, run_command
-from shared.config import Settings, check_settings, load_settings
+from shared.cli import (
+    command_group,
+    config_options,
+    emit,
+    json_option,
+    overrides_option,
+    read_config,
+    run_command,
+    stop_after,
+    stop_after_option,
+)
+from shared.config import CONFIG_SUFFIXES, Settings, check_settings, load_settings
+from shared.dataset import read_info
+from shared.errors import LogitferryError
+from shared.folders import open_folder
 from teacher_dump.config import DumpSettings, TeacherSettings
+from teacher_dump.ledger import Ledger
+from teacher_dump.workers import Share
 
 # Modules that need torch, which takes seconds to import, are imported by the verbs: --help need not wait for it.
 
@@ -64,16 +79,98 @@ def estimate_verb(config: str, overrides: tuple[str, ...], print_config: bool, r
 
 @cli.command("run")
 @config_options
+@click.option(
+    "--worker", help="i/n: do the i-th of n shares of the units, from 0.  By default what torchrun or srun says."
+)
+@click.option(
+    "--launcher",
+    type=click.Choice(["here", "ray"]),
+    default="here",
+    show_default=True,
+    help="ray: replicas of the teacher as actors of a Ray cluster.",
+)
+@stop_after_option
+@click.option(
+    "--plan-only", is_flag=True, help="Read and check the input, write the plan, and stop; needs no accelerator."
+)
 @json_option
-def run_verb(config: str, overrides: tuple[str, ...], print_config: bool, as_json: bool) -> None:
-    """Dump and seal the dataset that CONFIG describes; run again to go on after an interruption."""
+def run_verb(
+    config: str,
+    overrides: tuple[str, ...],
+    print_config: bool,
+    worker: str | None,
+    launcher: Literal["here", "ray"],
+    stop_after_s: float | None,
+    plan_only: bool,
+    as_json: bool,
+) -> None:
+    """Dump and seal the dataset that CONFIG describes; run again to go on after an interruption.
+
+    Several workers may run at once, with --worker or under torchrun or srun; whoever finishes last seals.
+    """
     settings = read_config(DumpSettings, config, overrides, print_config=print_config)
+    share = None if worker is None else Share.parse(worker)
+    stop_after(stop_after_s)
     from teacher_dump.dump import run_dump
 
-    info = run_dump(settings).info()
-    sealed = f"{settings.output}: sealed; {info['rows']:,} rows, {info['positions']:,} positions"
+    sealed = run_dump(settings, share=share, launcher=launcher, plan_only=plan_only)
+    if sealed is None:
+        _emit_status(settings.output, as_json=as_json)
+    else:
+        _emit_sealed(settings.output, as_json=as_json)
+
+
+@cli.command("status")
+@click.argument("output")
+@json_option
+def status_verb(output: str, as_json: bool) -> None:
+    """Say how far the dump in OUTPUT is: units done, pace, time left, who, and what failed.
+
+    OUTPUT is the dataset's folder or URL, or the config of the dump.  Reads what is committed, and that alone.
+    """
+    _emit_status(_output_of(output), as_json=as_json)
+
+
+@cli.command("seal")
+@click.argument("output")
+@json_option
+def seal_verb(output: str, as_json: bool) -> None:
+    """Seal the dump in OUTPUT, where all units are done: the last worker does it, unless it was stopped.
+
+    OUTPUT is the dataset's folder or URL, or the config of the dump.
+    """
+    from teacher_dump.seal import seal
+
+    folder = _output_of(output)
+    if seal(Ledger(open_folder(folder))) is not None:
+        _emit_sealed(folder, as_json=as_json)
+        return
+    _emit_status(folder, as_json=as_json)
+    raise LogitferryError(
+        f"{folder}: there are units left to do", next_step="run the same `teacher-dump run` again, it goes on"
+    )
+
+
+def _output_of(place: str) -> str:
+    return load_settings(DumpSettings, place).output if place.endswith(CONFIG_SUFFIXES) else place
+
+
+def _emit_status(output: str, *, as_json: bool) -> None:
+    from teacher_dump.status import describe, status
+
+    found = status(Ledger(open_folder(output)))
+    emit(
+        {**asdict(found), "failed": [each.model_dump() for each in found.failed]},
+        describe(found, output),
+        as_json=as_json,
+    )
+
+
+def _emit_sealed(output: str, *, as_json: bool) -> None:
+    info = read_info(output)
+    sealed = f"{output}: sealed; {info['rows']:,} rows, {info['positions']:,} positions"
     size = f"{info['kept_per_position']:.1f} ids and {info['bytes_per_position']:.1f} bytes per position"
-    emit(info, [f"{sealed}, {size}", f"  next: logit-shards info {settings.output}"], as_json=as_json)
+    emit({"sealed": True, **info}, [f"{sealed}, {size}", f"  next: logit-shards info {output}"], as_json=as_json)
 
 
 @cli.command("rescore")

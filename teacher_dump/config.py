@@ -132,11 +132,23 @@ class KeepSettings(Settings):
         return self.model_dump(mode="json", exclude=others)
 
 
+class RaySettings(Settings):
+    """What one replica of the teacher takes with `--launcher ray`."""
+
+    replicas: int | None = Field(default=None, ge=1)
+    """How many there are; null makes as many as the cluster has room for at the start."""
+    cpus: float = Field(default=1.0, ge=0.0)
+    gpus: float | None = Field(default=None, ge=0.0)
+    """null takes what the engine's parallelism asks for, where the cluster has any."""
+    resources: dict[str, float] = {}
+    """Others by Ray's names, such as NPU: 1 on Ascend."""
+
+
 class DumpSettings(Settings):
     teacher: TeacherSettings
     data: TextSettings
     output: str
-    """Folder of the dataset."""
+    """Folder of the dataset, or an fsspec URL such as s3://bucket/my-dump."""
     keep: KeepSettings = KeepSettings()
     temperatures: list[float] = Field(default=[1.0], max_length=MAX_TEMPERATURES)
     """For each the exact tail is stored; a student can train at no other.  1 is always among them."""
@@ -144,6 +156,9 @@ class DumpSettings(Settings):
     """Records that are dumped and committed at once; one unit is one shard."""
     zstd_level: int = Field(default=ZSTD_LEVEL, ge=1, le=19)
     """Higher is smaller and slower; changes no value."""
+    on_unscorable: Literal["error", "skip"] = "error"
+    """What becomes of rows whose logits are no numbers; skipped ones are listed in the dataset's unscorable.jsonl."""
+    ray: RaySettings = RaySettings()
 
     @field_validator("temperatures")
     @classmethod

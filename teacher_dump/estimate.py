@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.amounts import duration, size
 from shared.device import host_peak_bytes, peak_bytes, pick_device, pick_dtype
 from shared.manifest import Shard, row_format
 from shared.pretrained import context_tokens, load_tokenizer
@@ -185,33 +186,19 @@ def _encoded(settings: DumpSettings, rows: list[Row], positions: list[Positions]
 
 def describe(found: Estimate) -> list[str]:
     """For people."""
-    seconds = {name: _duration(value) for name, value in found.seconds.items()}
+    seconds = {name: duration(value) for name, value in found.seconds.items()}
     speed = f"{found.positions_per_s:,.0f} positions/s"
-    memory = f"logits {_size(found.logits_bytes)}, host {_size(found.host_peak_bytes)}"
+    memory = f"logits {size(found.logits_bytes)}, host {size(found.host_peak_bytes)}"
     if found.device_peak_bytes:
-        memory += f", device {_size(found.device_peak_bytes)}"
+        memory += f", device {size(found.device_peak_bytes)}"
     return [
         f"records      {found.records:,}, of which {found.sampled:,} were tokenized and scored",
         f"rows         {found.rows}, the longest seen {found.longest_row:,} tokens",
         f"tokens       {found.tokens}",
         f"positions    {found.positions}",
-        f"disk         {_size(found.size_bytes)}, {found.bytes_per_position:.1f} bytes per position",
+        f"disk         {size(found.size_bytes)}, {found.bytes_per_position:.1f} bytes per position",
         f"teacher      {speed} by {found.engine} on {found.devices} device{'s' * (found.devices > 1)}",
         "time         " + ", ".join([seconds.pop("total"), *(f"{name} {value}" for name, value in seconds.items())]),
         f"device hours {found.device_hours:,.2f}",
         f"peak memory  {memory}",
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:,.0f} {unit}" if unit == "bytes" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"

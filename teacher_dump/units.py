@@ -1,48 +1,30 @@
-"""Units of consecutive records: read, scored by the teacher, encoded and committed side by side.
-
-A unit is done when its shard and, after it, a small record of it are on disk.  Running again skips the units whose
-record and shard agree.  On a crash the open units are lost and done again; nothing half-written is ever visible
-under its final name.
-
-While the teacher scores one unit, the next is read and tokenized in a thread, and the one before is rounded, encoded,
-hashed and written in another.
-"""
+"""Units of consecutive records: read and tokenized, scored by the teacher, and encoded as a shard."""
 
 import logging
+import os
+import socket
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
-from shared.config import Settings
 from shared.dataset import shard_path
-from shared.errors import MismatchError
-from shared.files import sha256_of_file, write_atomically
-from shared.manifest import Manifest, Shard
-from shared.overlap import Stopwatch, made_ahead, put_away
-from shared.progress import progress
+from shared.errors import NonFiniteError
+from shared.manifest import Teacher
 from shared.records import RecordReader
 from shared.rows import LogitRow, Positions, Row
+from shared.schema import RowFormat
 from shared.shard_writer import Storage, encode_shard
 from shared.text_rows import Tally, TextRows
-from teacher_dump.config import DumpSettings
+from teacher_dump.config import DumpSettings, TeacherSettings
+from teacher_dump.engines import open_engine
 from teacher_dump.keep import Threshold, TopK
+from teacher_dump.ledger import EncodedUnit, UnitRecord, Unscorable
 from teacher_dump.plan import Plan
 from teacher_dump.scoring import Engine, require_finite
 
-WORK_FOLDER = ".logitferry"
-UNITS_AHEAD = 2
-
 logger = logging.getLogger("logitferry")
-
-
-class UnitRecord(Settings):
-    """Committed after its shard: the unit is done."""
-
-    shard: Shard | None
-    """None where every row of the unit was dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,81 +36,92 @@ class Unit:
     rows: list[Row]
 
 
+def read_units(reader: RecordReader, text: TextRows, plan: Plan, wanted: Collection[int]) -> Iterator[Unit]:
+    """The units of these numbers, in order; records of others are read, which is cheap, and not tokenized."""
+    records = reader.records()
+    for number in range(max(wanted) + 1):
+        batch = list(islice(records, plan.unit_records))
+        if number in wanted:
+            yield Unit(number=number, num_records=len(batch), rows=list(text.rows(batch, Tally())))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Units:
-    """All units of a plan."""
+class UnitWork:
+    """All that it takes to turn units into shards, wherever that is done."""
 
-    output: Path
-    plan: Plan
-    text: TextRows
+    teacher: TeacherSettings
+    identity: Teacher
+    rule: TopK | Threshold
+    longest_row: int
+    row_format: RowFormat
     storage: Storage
-    open_engine: Callable[[], AbstractContextManager[Engine]]
-    """Loads the teacher, which happens only where a unit is left to do."""
+    skips_unscorable: bool
 
-    def shards(self, reader: RecordReader) -> list[Shard]:
-        """The shard of every unit that has rows, in order, dumped now or found done.
+    @staticmethod
+    def of(settings: DumpSettings, plan: Plan, rule: TopK | Threshold) -> "UnitWork":
+        return UnitWork(
+            teacher=settings.teacher,
+            identity=plan.contents.teacher,
+            rule=rule,
+            longest_row=plan.longest_row,
+            row_format=plan.row_format,
+            storage=storage_of(settings, rule),
+            skips_unscorable=settings.on_unscorable == "skip",
+        )
+
+    def open_engine(
+        self, load: Callable[..., AbstractContextManager[Engine]] = open_engine
+    ) -> AbstractContextManager[Engine]:
+        """Load the teacher."""
+        return load(self.teacher, self.identity, self.rule, self.row_format.temperatures, longest_row=self.longest_row)
+
+    def encoded(self, unit: Unit, positions: Iterable[Positions], worker: str) -> EncodedUnit:
+        """The shard of a unit, from what the teacher said of its rows.
 
         Raises:
-            NonFiniteError: the teacher's logits are not numbers.
+            NonFiniteError: a row cannot be scored, and the settings do not let it go.
         """
-        num_units, unit_records = self.plan.num_units, self.plan.unit_records
-        shards: dict[int, Shard | None] = {}
-        for number in range(num_units):
-            if (done := read_unit_record(self.output, number)) is not None:
-                shards[number] = done.shard
-        if len(shards) < num_units:
-            if shards:
-                logger.info("%d of %d units are done already", len(shards), num_units)
-            todo = [number for number in range(num_units) if number not in shards]
-            with progress("dump", min(len(todo) * unit_records, self.plan.input.tally["records"]), "records") as ticker:
-                for unit, shard in self._dumped(reader, set(todo)):
-                    shards[unit.number] = shard
-                    ticker.advance(unit.num_records)
-        return [shard for _, shard in sorted(shards.items()) if shard is not None]
-
-    def _dumped(self, reader: RecordReader, todo: set[int]) -> Iterator[tuple[Unit, Shard | None]]:
-        """Every unit to do, and its shard, once it is committed."""
-        watch = Stopwatch("text", "the teacher", "writing")
-        units = watch.of("text", made_ahead(self._read(reader, todo), UNITS_AHEAD))
-        scored = watch.of("the teacher", self._scored(units))
-        yield from watch.of("writing", put_away(self._commit, scored, UNITS_AHEAD))
-        logger.info("waited for %s", watch.summary())
-
-    def _read(self, reader: RecordReader, todo: set[int]) -> Iterator[Unit]:
-        records = reader.records()
-        for number in range(self.plan.num_units):
-            batch = list(islice(records, self.plan.unit_records))
-            if number in todo:
-                yield Unit(number=number, num_records=len(batch), rows=list(self.text.rows(batch, Tally())))
-
-    def _scored(self, units: Generator[Unit]) -> Iterator[tuple[Unit, list[Positions]]]:
-        with self.open_engine() as engine:
-            under_way: deque[Unit] = deque()
-
-            def rows() -> Iterator[list[Row]]:
-                for unit in units:
-                    under_way.append(unit)
-                    yield unit.rows
-
-            with closing(units), closing(engine.score(rows())) as scored:
-                for positions in scored:
-                    yield under_way.popleft(), positions
-
-    def _commit(self, scored: tuple[Unit, list[Positions]]) -> tuple[Unit, Shard | None]:
-        unit, positions = scored
-        shard = self._write_shard(unit, positions) if unit.rows else None
-        write_unit_record(self.output, unit.number, shard)
-        return unit, shard
-
-    def _write_shard(self, unit: Unit, positions: list[Positions]) -> Shard:
         rows: list[LogitRow] = []
+        unscorable: list[Unscorable] = []
         for row, of_row in zip(unit.rows, positions, strict=True):
-            require_finite(row, of_row)
+            try:
+                require_finite(row, of_row)
+            except NonFiniteError as error:
+                if not self.skips_unscorable:
+                    raise
+                logger.warning("skipped: %s", error.args[0])
+                unscorable.append(Unscorable(sample_id=row.sample_id, source=row.source, reason=error.args[0]))
+                continue
             rows.append(LogitRow(**vars(row), teacher=of_row))
-        path = shard_path(unit.number)
-        data, shard = encode_shard(rows, self.plan.row_format, self.storage, path)
-        write_atomically(self.output / path, memoryview(data))
-        return shard
+        data, shard = None, None
+        if rows:
+            data, shard = encode_shard(rows, self.row_format, self.storage, shard_path(unit.number))
+        record = UnitRecord(number=unit.number, shard=shard, unscorable=unscorable, worker=worker)
+        return EncodedUnit(record=record, data=data, num_records=unit.num_records)
+
+
+def scored_units(
+    units: Generator[Unit], engine: AbstractContextManager[Engine], on_error: Callable[[int, Exception], None]
+) -> Iterator[tuple[Unit, list[Positions]]]:
+    """What the teacher says of each unit; `on_error` is told which one it was at when it failed."""
+    under_way: deque[Unit] = deque()
+
+    def rows() -> Iterator[list[Row]]:
+        for unit in units:
+            under_way.append(unit)
+            yield unit.rows
+
+    with engine as opened, closing(units), closing(opened.score(rows())) as scored:
+        while True:
+            try:
+                positions = next(scored, None)
+            except Exception as error:
+                if under_way:
+                    on_error(under_way[0].number, error)
+                raise
+            if positions is None:
+                return
+            yield under_way.popleft(), positions
 
 
 def storage_of(settings: DumpSettings, rule: TopK | Threshold) -> Storage:
@@ -137,38 +130,6 @@ def storage_of(settings: DumpSettings, rule: TopK | Threshold) -> Storage:
     return Storage(max_kl=settings.keep.max_kl, zstd_level=settings.zstd_level, untouched_logp=untouched_logp)
 
 
-def _unit_record_path(output: Path, number: int) -> Path:
-    return output / WORK_FOLDER / f"unit-{number:05d}.json"
-
-
-def write_unit_record(output: Path, number: int, shard: Shard | None) -> None:
-    write_atomically(_unit_record_path(output, number), UnitRecord(shard=shard).model_dump_json().encode())
-
-
-def read_unit_record(output: Path, number: int) -> UnitRecord | None:
-    """The record of a done unit whose shard is still there byte for byte; else None, and the unit is done again."""
-    try:
-        record = UnitRecord.model_validate_json(_unit_record_path(output, number).read_bytes())
-        intact = record.shard is None or sha256_of_file(output / record.shard.path) == record.shard.sha256
-    except (OSError, ValueError):
-        return None
-    return record if intact else None
-
-
-def require_same_units(output: Path, manifest: Manifest, plan: Plan) -> None:
-    """Raises MismatchError where the shards of a dataset are not the units of this plan."""
-    if manifest.unit_records != plan.unit_records:
-        then = manifest.unit_records
-        raise MismatchError(
-            f"{output}: {len(manifest.missing)} shards are missing, and "
-            + (f"its units had {then} records, not {plan.unit_records}" if then else "it was merged or filtered since"),
-            next_step=f"set unit_records: {then}" if then else "dump into another `output`, then merge or filter again",
-        )
-
-
-def records_of_present_shards(output: Path, manifest: Manifest, plan: Plan) -> None:
-    """Write the unit records of a dataset's shards, so that only its missing ones are left to do."""
-    present = {shard.path: shard for shard in manifest.shards}
-    for number in range(plan.num_units):
-        if (path := shard_path(number)) not in manifest.missing:
-            write_unit_record(output, number, present.get(path))
+def this_process() -> str:
+    """For people who look for it in a cluster."""
+    return f"{socket.gethostname()}, process {os.getpid()}"

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from shared.dataset import LogitDataset
 from teacher_dump.config import DumpSettings
+from teacher_dump.dump import run_dump
 
 TOPICS = ["a red fox", "two plus three", "the blue bird", "ten stories", "a fox and five birds", "what is once"]
 
@@ -49,3 +51,9 @@ def dump_settings(teacher: Path, files: Path, output: Path, **changes: Any) -> D
             branch = branch[parent]
         branch[leaf] = value
     return DumpSettings.model_validate(tree)
+
+
+def sealed_dump(settings: DumpSettings, **options: Any) -> LogitDataset:
+    """Dump everything."""
+    assert run_dump(settings, **options) is not None, "units are left to do"
+    return LogitDataset.open(settings.output)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from shared.errors import ConfigError, OutputError
 from shared.files import claim_folder, write_atomically
-from shared.manifest import MANIFEST_NAME
 from shared.text_files import TextFile, find_text_files
 from teacher_dump.config import DumpSettings, KeepSettings
 from teacher_dump.doctor.finding import MIB, Finding, attempt, size
@@ -33,7 +32,7 @@ COMPRESSED_BY = 4
 
 def output_folder(settings: DumpSettings) -> Iterator[Finding]:
     """Room, what holds it, and how fast it is."""
-    from teacher_dump.units import WORK_FOLDER
+    from teacher_dump.ledger import OURS
 
     output = Path(settings.output)
     place = output.absolute()
@@ -42,7 +41,7 @@ def output_folder(settings: DumpSettings) -> Iterator[Finding]:
     if not place.is_dir():
         raise ConfigError(f"output {output} cannot be made: {place} is not a folder", next_step="give another `output`")
     if place == output.absolute():
-        claim_folder(output, [MANIFEST_NAME, WORK_FOLDER])
+        claim_folder(output, OURS)
     yield _room(settings, place)
     yield from _file_system(place)
     wait_s = _seconds_until_safe(place)

@@ -37,9 +37,9 @@ import torch
 from shared.batching import PaddedBatch, batches_by_length
 from shared.rows import Row
 from teacher_dump.config import DumpSettings, TeacherSettings
-from teacher_dump.dump import run_dump
 from teacher_dump.engines import open_engine, teacher_identity
 from teacher_dump.keep import TopK
+from tests.data import sealed_dump
 from tests.tiny import make_model, make_tokenizer
 
 KEPT = 64
@@ -86,7 +86,7 @@ class Bench:
         loaded = contextlib.nullcontext(self._engine)
         with tempfile.TemporaryDirectory() as folder:
             settings = self._settings.model_copy(update={"output": f"{folder}/dump"})
-            run_dump(settings, load=lambda *_args, **_more: loaded)
+            sealed_dump(settings, load=lambda *_args, **_more: loaded)
 
     def bare(self) -> None:
         if self._settings.teacher.engine == "vllm":

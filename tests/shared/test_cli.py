@@ -243,7 +243,7 @@ def test_cli_prints_exactly_one_json_object(run, dumped):
     }
     code, output, _ = run(teacher_dump.cli.main, "run", dumped.parent / "dump.yaml", "--json")
     assert code == 0
-    assert one_object(output) == info, "a sealed dump run again says what it holds"
+    assert one_object(output) == {"sealed": True, **info}, "a sealed dump run again says what it holds"
 
 
 def test_cli_prints_its_json_object_also_where_verify_finds_faults(run, dumped):
@@ -265,9 +265,9 @@ def wait_for(condition) -> None:
         time.sleep(0.005)
 
 
-def check_interrupted(code: int, output: str, errors: str, dump: Path) -> None:
+def check_interrupted(code: int, output: str, errors: str, dump: Path, said: str) -> None:
     assert (code, output) == (75, ""), errors
-    assert errors.endswith("interrupted\n  next: run the same command again\n")
+    assert errors.endswith(f"{said}\n  next: run the same command again\n")
     assert not (dump / "manifest.json").exists()
     assert not list((dump / "data").glob(".*")), "no temporary file stays behind"
 
@@ -280,7 +280,7 @@ def test_cli_dump_interrupted_by_sigterm_and_ctrl_c_is_finished_by_running_it_ag
     wait_for(lambda: process.poll() is not None or any(data.glob("*.parquet")))
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
-    check_interrupted(process.returncode, output, errors, tmp_path / "dump")
+    check_interrupted(process.returncode, output, errors, tmp_path / "dump", "stopped by SIGTERM")
     after_sigterm = len(list(data.glob("*.parquet")))
     assert 0 < after_sigterm < 150
 
@@ -292,7 +292,7 @@ def test_cli_dump_interrupted_by_sigterm_and_ctrl_c_is_finished_by_running_it_ag
     thread = threading.Thread(target=press_ctrl_c)
     thread.start()
     try:
-        check_interrupted(*run(teacher_dump.cli.main, "run", config, "--json"), tmp_path / "dump")
+        check_interrupted(*run(teacher_dump.cli.main, "run", config, "--json"), tmp_path / "dump", "interrupted")
     finally:
         thread.join()
         signal.signal(signal.SIGINT, previous)

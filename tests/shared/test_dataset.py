@@ -15,15 +15,14 @@ from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError, LogitferryError, UnknownVersionError, UnsealedDatasetError
 from shared.shard_writer import Storage, encode_shard
 from shared.verification import verify
-from teacher_dump.dump import run_dump
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("sealed")
     files = write_jsonl(folder / "chats.jsonl", chat_records(12))
-    return run_dump(dump_settings(teacher_folder, files, folder / "out")).folder
+    return sealed_dump(dump_settings(teacher_folder, files, folder / "out")).folder
 
 
 @pytest.fixture

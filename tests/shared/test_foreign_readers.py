@@ -18,8 +18,7 @@ import pytest
 
 from shared.dataset import LogitDataset
 from shared.rows import LogitRow
-from teacher_dump.dump import run_dump
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -30,7 +29,7 @@ def dataset(request: Any, tmp_path_factory: pytest.TempPathFactory, teacher_fold
     files = write_jsonl(folder / "chats.jsonl", chat_records(20))
     topk = request.param == "topk"
     changes = {"keep": {"method": request.param, "always": ["<|im_end|>"]}, "temperatures": [1, 2] if topk else [1]}
-    return run_dump(dump_settings(teacher_folder, files, folder / "my-dump", **changes))
+    return sealed_dump(dump_settings(teacher_folder, files, folder / "my-dump", **changes))
 
 
 def with_duckdb(folder: Path) -> list[dict[str, Any]]:

@@ -15,9 +15,8 @@ from shared.dataset import LogitDataset
 from shared.errors import ConfigError
 from shared.inspection import SURPRISE_STEPS, SURPRISE_STYLES, Inspector
 from shared.rows import LogitRow, Positions
-from teacher_dump.dump import run_dump
 from tests.chat_templates import CHATML
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import make_spaced_tokenizer
 
 RARE = 1e-5
@@ -58,7 +57,7 @@ def folder(tmp_path_factory, teacher_folder):
     """Chats, the configs of both phases, and what the dump gives."""
     folder = tmp_path_factory.mktemp("inspected")
     files = str(write_jsonl(folder / "chats.jsonl", chat_records(12)))
-    run_dump(dump_settings(teacher_folder, files, folder / "dump", keep__k=5))
+    sealed_dump(dump_settings(teacher_folder, files, folder / "dump", keep__k=5))
     model = {"model": str(teacher_folder)}
     configs = {
         "dump": {

@@ -15,8 +15,7 @@ from shared.errors import ConfigError
 from shared.inspection import Inspector, surprise_step
 from shared.inspection_html import html_page
 from shared.rows import LogitRow, Positions, Row
-from teacher_dump.dump import run_dump
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.shared.test_inspection import inspect, spoken_row  # noqa: F401
 from tests.tiny import make_tokenizer
 
@@ -76,7 +75,7 @@ class Page(HTMLParser):
 def dump(tmp_path_factory, teacher_folder):
     folder = tmp_path_factory.mktemp("pages")
     files = write_jsonl(folder / "chats.jsonl", chat_records(7))
-    run_dump(dump_settings(teacher_folder, files, folder / "dump", keep__k=5))
+    sealed_dump(dump_settings(teacher_folder, files, folder / "dump", keep__k=5))
     return folder / "dump"
 
 

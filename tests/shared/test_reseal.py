@@ -17,9 +17,8 @@ from shared.logit_shards import cli
 from shared.reseal import filter_rows, merge, repair
 from shared.rows import LogitRow
 from shared.verification import verify
-from teacher_dump.dump import run_dump
 from teacher_dump.transformers_engine import TransformersEngine
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.shared.made_rows import assert_same_rows
 from tests.tiny import make_model, make_tokenizer
 
@@ -38,7 +37,7 @@ def dumps(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, texts:
     folder = tmp_path_factory.mktemp("dumps")
     names = ("first", "second")
     for name in names:
-        run_dump(settings(teacher_folder, texts / f"{name}.jsonl", folder / name))
+        sealed_dump(settings(teacher_folder, texts / f"{name}.jsonl", folder / name))
     return folder / "first", folder / "second"
 
 
@@ -121,7 +120,7 @@ def test_merge_refuses_other_settings(
     changes: dict[str, Any], named: str, dumps: tuple[Path, Path], teacher_folder: Path, texts: Path, tmp_path: Path
 ):
     changes = {"keep__max_kl": 1e-4} | changes if "keep" not in changes else changes
-    other = run_dump(settings_of(teacher_folder, texts / "second.jsonl", tmp_path / "other", changes))
+    other = sealed_dump(settings_of(teacher_folder, texts / "second.jsonl", tmp_path / "other", changes))
     with pytest.raises(MismatchError, match=named):
         merge([LogitDataset.open(dumps[0]), other], tmp_path / "out")
 
@@ -135,11 +134,11 @@ def settings_of(teacher: Path, files: Path, output: Path, changes: dict[str, Any
 def test_merge_refuses_another_teacher_and_another_tokenizer(dumps: tuple[Path, Path], texts: Path, tmp_path: Path):
     teacher = make_model(tmp_path / "teacher", seed=77)
     make_tokenizer(teacher)
-    other = run_dump(settings(teacher, texts / "second.jsonl", tmp_path / "other"))
+    other = sealed_dump(settings(teacher, texts / "second.jsonl", tmp_path / "other"))
     with pytest.raises(MismatchError, match="has teacher "):
         merge([LogitDataset.open(dumps[0]), other], tmp_path / "out")
     make_tokenizer(teacher, sentences=["quite other words were read here, and merged in another way"] * 9)
-    foreign = run_dump(settings(teacher, texts / "second.jsonl", tmp_path / "foreign"))
+    foreign = sealed_dump(settings(teacher, texts / "second.jsonl", tmp_path / "foreign"))
     with pytest.raises(ForeignTokenizerError, match=r"the tokenizers differ: .*first at id"):
         merge([LogitDataset.open(dumps[0]), foreign], tmp_path / "out")
 
@@ -223,7 +222,7 @@ def test_repair_and_the_same_dump_again_give_the_dataset_that_was(copy: Path, te
     assert (aside / "data/part-00000.parquet").is_file()
     assert sha256_of_file(aside / "manifest.json") == identity
     assert_same_rows(rows_of(repaired), before.read_shard(1))
-    again = run_dump(settings(teacher_folder, texts / "first.jsonl", copy))
+    again = sealed_dump(settings(teacher_folder, texts / "first.jsonl", copy))
     assert_whole(again)
     assert again.manifest.shards == before.manifest.shards
     assert again.manifest.missing == []
@@ -244,7 +243,7 @@ def test_repair_of_a_missing_shard_dumps_that_unit_alone(
             yield from original(self, [rows])
 
     monkeypatch.setattr(TransformersEngine, "score", score)
-    again = run_dump(settings(teacher_folder, texts / "first.jsonl", copy))
+    again = sealed_dump(settings(teacher_folder, texts / "first.jsonl", copy))
     assert_whole(again)
     assert scored == [f"chat-{n}" for n in range(7, 14)]
 
@@ -290,7 +289,7 @@ def test_a_dataset_with_missing_shards_is_not_merged_filtered_or_filled_with_oth
     for work in (
         lambda: merge([repaired, LogitDataset.open(dumps[1])], tmp_path / "out"),
         lambda: filter_rows(repaired, tmp_path / "out", sources=["origin-1"]),
-        lambda: run_dump(settings(teacher_folder, texts / "first.jsonl", copy, unit_records=5)),
+        lambda: sealed_dump(settings(teacher_folder, texts / "first.jsonl", copy, unit_records=5)),
     ):
         with pytest.raises(LogitferryError, match=r"1 shards are missing"):
             work()
@@ -304,7 +303,7 @@ def test_rows_that_were_filtered_out_do_not_come_back_through_a_repair(
     flip(filtered.folder / "data/part-00000.parquet")
     repair(filtered)
     with pytest.raises(MismatchError, match="it was merged or filtered since"):
-        run_dump(settings(teacher_folder, texts / "first.jsonl", filtered.folder))
+        sealed_dump(settings(teacher_folder, texts / "first.jsonl", filtered.folder))
 
 
 def test_the_history_survives_the_manifest_on_disk(dumps: tuple[Path, Path], tmp_path: Path):
@@ -333,7 +332,7 @@ def test_merge_takes_one_teacher_from_two_places(
     teacher_folder: Path, texts: Path, dumps: tuple[Path, Path], tmp_path: Path
 ):
     shutil.copytree(teacher_folder, tmp_path / "mounted-elsewhere")
-    other = run_dump(settings(tmp_path / "mounted-elsewhere", texts / "second.jsonl", tmp_path / "other"))
+    other = sealed_dump(settings(tmp_path / "mounted-elsewhere", texts / "second.jsonl", tmp_path / "other"))
     assert_whole(merge([LogitDataset.open(dumps[0]), other], tmp_path / "out"))
 
 
@@ -347,9 +346,9 @@ def test_what_is_unsealed_has_a_plan_already(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("teacher_dump.dump._unseal", killed)
+    monkeypatch.setattr("teacher_dump.dump.unseal", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_dump(settings(teacher_folder, texts / "first.jsonl", copy))
+        sealed_dump(settings(teacher_folder, texts / "first.jsonl", copy))
     assert (copy / ".logitferry/plan.json").is_file()
     assert_whole(LogitDataset.open(copy))
 

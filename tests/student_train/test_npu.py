@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from teacher_dump.dump import run_dump
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -109,7 +108,7 @@ def test_a_training_run_gives_the_weights_that_it_gives_on_the_cpu(
     loss: dict[str, Any], student_folder: Path, teacher_folder: Path, tmp_path: Path
 ):
     chats = write_jsonl(tmp_path / "chats.jsonl", chat_records(12))
-    run_dump(dump_settings(teacher_folder, chats, tmp_path / "dump"))
+    sealed_dump(dump_settings(teacher_folder, chats, tmp_path / "dump"))
     models = []
     for device in ("cpu", "npu"):
         config = {

@@ -19,8 +19,7 @@ from shared.text_rows import Tally
 from student_train.config import DataSettings
 from student_train.sources import TextSource, open_source
 from student_train.stream import Stream, is_held_out
-from teacher_dump.dump import run_dump
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import SENTENCES, make_tokenizer
 
 
@@ -103,7 +102,7 @@ def tokenizer(teacher_folder: Path) -> Any:
 def dumped(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("dumped")
     files = write_jsonl(folder / "chats.jsonl", chat_records(30))
-    run_dump(dump_settings(teacher_folder, files, folder / "out", unit_records=512))
+    sealed_dump(dump_settings(teacher_folder, files, folder / "out", unit_records=512))
     return files, folder / "out"
 
 

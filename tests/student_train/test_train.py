@@ -16,8 +16,7 @@ from shared.errors import ConfigError, DamagedDataError, MismatchError, NonFinit
 from shared.rows import LogitRow
 from student_train.config import OptimizerSettings, TrainSettings
 from student_train.train import Trainer, finished_run, make_optimizer
-from teacher_dump.dump import run_dump
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
 V = 307
@@ -30,14 +29,14 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, chats: Path) -> Path:
-    return run_dump(dump_settings(teacher_folder, chats, tmp_path_factory.mktemp("kept8") / "out")).folder
+    return sealed_dump(dump_settings(teacher_folder, chats, tmp_path_factory.mktemp("kept8") / "out")).folder
 
 
 @pytest.fixture(scope="module")
 def whole_dataset(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, chats: Path) -> Path:
     """Everything kept: the sparse loss must become the dense one."""
     output = tmp_path_factory.mktemp("keptall") / "out"
-    return run_dump(dump_settings(teacher_folder, chats, output, keep__k=V)).folder
+    return sealed_dump(dump_settings(teacher_folder, chats, output, keep__k=V)).folder
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def whole_sample(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path,
     """Every id above so small a threshold that none has to be drawn: the estimate must become the truth."""
     keep = {"method": "threshold", "tau": 1e-12, "max_kl": 0}
     output = tmp_path_factory.mktemp("sampled") / "out"
-    return run_dump(dump_settings(teacher_folder, chats, output, keep=keep, temperatures=[1])).folder
+    return sealed_dump(dump_settings(teacher_folder, chats, output, keep=keep, temperatures=[1])).folder
 
 
 def settings(student: Path, output: Path, **changes: Any) -> TrainSettings:
@@ -273,7 +272,7 @@ def test_a_student_learns_from_a_sampled_teacher(
 ):
     """What is measured is the exact divergence, which the sample of the training never shows."""
     keep = {"method": "threshold", "tau": 0.02}
-    sampled = run_dump(dump_settings(teacher_folder, chats, tmp_path / "sampled", keep=keep, temperatures=[1]))
+    sampled = sealed_dump(dump_settings(teacher_folder, chats, tmp_path / "sampled", keep=keep, temperatures=[1]))
     result = Trainer(
         settings(
             student_folder, tmp_path / "out", data__dataset=str(sampled.folder), steps=30, loss__kd_weight=1.0,

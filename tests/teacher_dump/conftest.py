@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from shared.dataset import LogitDataset
-from teacher_dump.dump import run_dump
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -16,4 +15,4 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, chats: Path) -> LogitDataset:
-    return run_dump(dump_settings(teacher_folder, chats, tmp_path_factory.mktemp("dump") / "out"))
+    return sealed_dump(dump_settings(teacher_folder, chats, tmp_path_factory.mktemp("dump") / "out"))

@@ -17,8 +17,7 @@ from shared.rounding import storage_loss
 from shared.rows import LogitRow, Positions
 from shared.verification import verify
 from teacher_dump.config import DumpSettings, KeepSettings
-from teacher_dump.dump import run_dump
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 
 THRESHOLD = {"keep": {"method": "threshold", "tau": 0.05, "always": ["<|im_end|>"]}, "temperatures": [1]}
 
@@ -35,7 +34,7 @@ def rows_of(dataset: LogitDataset) -> list[LogitRow]:
 def test_a_threshold_dump_holds_what_the_definition_says(teacher_folder: Path, chats: Path, tmp_path: Path):
     """p where p >= tau or always kept, tau elsewhere; drawn where the running sum and the draw pass an integer."""
     changes = THRESHOLD | {"keep": THRESHOLD["keep"] | {"max_kl": 0}}
-    dataset = run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", **changes))
+    dataset = sealed_dump(dump_settings(teacher_folder, chats, tmp_path / "out", **changes))
     assert verify(dataset, deep=True).faults == []
     model = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).eval()
     end = dataset.tokenizer().token_to_id("<|im_end|>")
@@ -68,7 +67,7 @@ def draws_of(sample_id: str, num_positions: int) -> list[float]:
 
 
 def test_a_threshold_dump_is_rounded_but_for_tau_and_says_so(teacher_folder: Path, chats: Path, tmp_path: Path):
-    dataset = run_dump(dump_settings(teacher_folder, chats, tmp_path / "out", **THRESHOLD))
+    dataset = sealed_dump(dump_settings(teacher_folder, chats, tmp_path / "out", **THRESHOLD))
     assert verify(dataset, deep=True).faults == []
     info = dataset.info()
     assert info["mean_kl_nats"] is None
@@ -81,7 +80,7 @@ def test_a_threshold_dump_is_rounded_but_for_tau_and_says_so(teacher_folder: Pat
 
 def test_the_same_dump_draws_the_same_and_another_seed_draws_others(teacher_folder: Path, chats: Path, tmp_path: Path):
     def shards(name: str, **changes: Any) -> list[str]:
-        dataset = run_dump(dump_settings(teacher_folder, chats, tmp_path / name, **(THRESHOLD | changes)))
+        dataset = sealed_dump(dump_settings(teacher_folder, chats, tmp_path / name, **(THRESHOLD | changes)))
         return [shard.sha256 for shard in dataset.manifest.shards]
 
     first = shards("first")
@@ -95,7 +94,7 @@ def test_draws_do_not_depend_on_how_rows_are_batched(teacher_folder: Path, chats
     kept: list[list[int]] = []
     for name, batch_tokens, chunk in (("one", 60, 7), ("many", 3000, 500)):
         changes = THRESHOLD | {"teacher__batch_tokens": batch_tokens, "teacher__chunk_positions": chunk}
-        dataset = run_dump(dump_settings(teacher_folder, chats, tmp_path / name, **changes))
+        dataset = sealed_dump(dump_settings(teacher_folder, chats, tmp_path / name, **changes))
         teachers = [row.teacher.split([1] * row.num_positions) for row in rows_of(dataset)]
         kept.append([position.kept_ids_E.tolist() for positions in teachers for position in positions])
         counts.append(len(kept[-1]))
@@ -108,8 +107,8 @@ def test_rounding_loses_what_the_manifest_says_at_every_declared_temperature(
     teacher_folder: Path, chats: Path, tmp_path: Path
 ):
     kept = {"k": 40, "min_prob": 1e-4}
-    exact = run_dump(dump_settings(teacher_folder, chats, tmp_path / "exact", keep=kept | {"max_kl": 0}))
-    rounded = run_dump(dump_settings(teacher_folder, chats, tmp_path / "rounded", keep=kept))
+    exact = sealed_dump(dump_settings(teacher_folder, chats, tmp_path / "exact", keep=kept | {"max_kl": 0}))
+    rounded = sealed_dump(dump_settings(teacher_folder, chats, tmp_path / "rounded", keep=kept))
     assert verify(rounded, deep=True).faults == []
     before, after = (Positions.concatenate([row.teacher for row in rows_of(d)]) for d in (exact, rounded))
     np.testing.assert_array_equal(before.kept_ids_E, after.kept_ids_E)
@@ -125,7 +124,7 @@ def test_the_default_is_rounded_and_the_level_changes_no_value(teacher_folder: P
     rows = []
     for level in (1, 9):
         keep = {"k": 40}
-        dataset = run_dump(
+        dataset = sealed_dump(
             dump_settings(teacher_folder, chats, tmp_path / f"level{level}", keep=keep, zstd_level=level)
         )
         rows.append(Positions.concatenate([row.teacher for row in rows_of(dataset)]))

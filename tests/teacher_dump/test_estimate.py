@@ -10,9 +10,8 @@ from click.testing import CliRunner
 
 from shared.errors import MismatchError, RecordError
 from teacher_dump.cli import cli
-from teacher_dump.dump import run_dump
 from teacher_dump.estimate import Estimate, _scaled, draw, estimate
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
 
@@ -24,7 +23,7 @@ def test_of_everything_it_is_what_the_dump_then_has(teacher_folder: Path, tmp_pa
     files = write_jsonl(tmp_path / "chats.jsonl", chat_records(23))
     found = estimated(teacher_folder, files, tmp_path / "out", sample=1000, unit_records=1000)
     assert not (tmp_path / "out").exists(), "nothing is written"
-    manifest = run_dump(dump_settings(teacher_folder, files, tmp_path / "out", unit_records=1000)).manifest
+    manifest = sealed_dump(dump_settings(teacher_folder, files, tmp_path / "out", unit_records=1000)).manifest
     assert (found.records, found.sampled) == (23, 23)
     for name in ("rows", "tokens", "positions"):
         assert getattr(found, name).total == manifest.total(name)
@@ -79,7 +78,7 @@ def test_records_that_give_no_row_count_nothing(teacher_folder: Path, tmp_path: 
         record["messages"][1]["content"] = "long " * 600
     files = write_jsonl(tmp_path / "chats.jsonl", records)
     found = estimated(teacher_folder, files, tmp_path / "out", sample=20, data__on_too_long="drop")
-    assert found.rows.total == run_dump(
+    assert found.rows.total == sealed_dump(
         dump_settings(teacher_folder, files, tmp_path / "out", data__on_too_long="drop")
     ).manifest.total("rows")
     assert found.rows.total < 20

@@ -16,9 +16,8 @@ from shared.errors import MismatchError
 from shared.rows import Positions
 from teacher_dump.cli import cli
 from teacher_dump.config import TeacherSettings
-from teacher_dump.dump import run_dump
 from teacher_dump.rescore import Rescored, _difference, require_agreement, rescore, teacher_of
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
 
@@ -28,7 +27,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dumped(teacher: Path, chats: Path, output: Path, **changes: Any) -> LogitDataset:
-    return run_dump(dump_settings(teacher, chats, output, **changes))
+    return sealed_dump(dump_settings(teacher, chats, output, **changes))
 
 
 def scored_again(dataset: LogitDataset, num_rows: int = 9, **changes: Any) -> Rescored:

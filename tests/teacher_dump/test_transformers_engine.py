@@ -11,9 +11,9 @@ from shared.batching import PaddedBatch
 from shared.errors import ConfigError, LogitferryError
 from shared.rows import Positions, Row
 from teacher_dump.config import DumpSettings, TeacherSettings
-from teacher_dump.dump import run_dump
 from teacher_dump.engines import open_engine, teacher_identity
 from teacher_dump.keep import Threshold, TopK
+from tests.data import sealed_dump
 
 RULES = [TopK(k=5, min_prob=0.0, always_ids=(2,)), Threshold(tau=0.1, seed=1, always_ids=())]
 
@@ -175,4 +175,4 @@ def test_vllm_that_is_not_installed_is_said_before_anything_is_read(
         {"teacher": teacher, "data": {"files": [str(tmp_path / "none")]}, "output": str(tmp_path / "out")}
     )
     with pytest.raises(ConfigError, match="vLLM is not installed\n  next: pip install 'logitferry\\[vllm\\]'"):
-        run_dump(settings)
+        sealed_dump(settings)

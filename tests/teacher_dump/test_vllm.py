@@ -19,11 +19,10 @@ from shared.dataset import LogitDataset
 from shared.errors import ConfigError, LogitferryError, MismatchError
 from shared.rows import LogitRow, Positions, Row
 from teacher_dump.config import TeacherSettings
-from teacher_dump.dump import run_dump
 from teacher_dump.engines import open_engine, teacher_identity
 from teacher_dump.keep import Threshold, TopK
 from teacher_dump.vllm_worker import _Capture
-from tests.data import chat_records, dump_settings, write_jsonl
+from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
 pytestmark = pytest.mark.vllm
@@ -197,8 +196,8 @@ def assert_same_dataset(one: LogitDataset, other: LogitDataset) -> None:
 def test_a_dump_by_either_engine_is_the_same_dataset(teacher: Path, tmp_path: Path):
     chats = write_jsonl(tmp_path / "chats.jsonl", chat_records(23))
     with_vllm = {"teacher__engine": "vllm", "teacher__device": "auto", "teacher__vllm": {"enforce_eager": True}}
-    one = run_dump(dump_settings(teacher, chats, tmp_path / "vllm", **with_vllm))
-    other = run_dump(dump_settings(teacher, chats, tmp_path / "transformers"))
+    one = sealed_dump(dump_settings(teacher, chats, tmp_path / "vllm", **with_vllm))
+    other = sealed_dump(dump_settings(teacher, chats, tmp_path / "transformers"))
     assert_same_dataset(one, other)
     assert one.manifest.teacher.engine.startswith("vllm 0.32")
     assert one.manifest.teacher.weights_sha256 == other.manifest.teacher.weights_sha256
@@ -224,5 +223,5 @@ def test_a_replica_of_two_processes_dumps_the_same(parallel: str, tmp_path: Path
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads(run.stdout)["rows"] == 23, "nothing but the answer is on standard output"
-    one = run_dump(dump_settings(teacher, chats, tmp_path / "one"))
+    one = sealed_dump(dump_settings(teacher, chats, tmp_path / "one"))
     assert_same_dataset(LogitDataset.open(tmp_path / "two"), one)
