@@ -6,6 +6,7 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +24,7 @@ def claim_folder(folder: Path, ours: Sequence[str]) -> None:
         OutputError: it cannot be made or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         if any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
             what = f"is not empty and holds none of {', '.join(ours)}" if ours else "is not empty"
             raise ConfigError(
@@ -73,7 +74,8 @@ def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        with suppress(PermissionError):  # one may write to a folder that one may not read
+            sync_folder(folder.parent)
 
 
 def sync_tree(folder: Path) -> None:

@@ -141,7 +141,7 @@ class RaySettings(Settings):
     gpus: float | None = Field(default=None, ge=0.0)
     """null takes what the engine's parallelism asks for, where the cluster has any."""
     resources: dict[str, float] = {}
-    """Others by Ray's names, such as NPU: 1 on Ascend."""
+    """Others by Ray's names, as for accelerators that it does not count as GPUs; see examples/ascend."""
 
 
 class DumpSettings(Settings):
