@@ -1,6 +1,7 @@
 # Everything from a fresh machine with Python 3.11 alone; the virtual environment is made on the way.
 #   make quickstart   train a teacher, dump it, train two students, print the table   (about 8 minutes on 2 cores)
 #   make test         the fast tests
+#   make test-cluster  real Ray on this machine, a real S3 server process, a disk that is full
 #   make test-vllm    the real vLLM on the CPU, in an environment of its own, kept by the digest of constraints-vllm.txt
 #   make check        ruff, pyright and the fast tests
 #   make test-full    the long matrices as well
@@ -21,7 +22,7 @@ CACHE := $(or $(XDG_CACHE_HOME),$(if $(HOME),$(HOME),$(CURDIR))/.cache)/logitfer
 VLLM_VENV := $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-16)
 VLLM_PYTHON := PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
-.PHONY: quickstart test test-vllm bench-dump bench-kills check lint test-full bench-codec bench-loss bench-train bench-sampling bench-text install clean
+.PHONY: quickstart test test-cluster test-vllm bench-dump bench-kills check lint test-full bench-codec bench-loss bench-train bench-sampling bench-text install clean
 
 install: $(VENV)/installed
 
@@ -34,10 +35,13 @@ quickstart: install
 	$(BIN)/python examples/quickstart/run.py
 
 test: install
-	$(BIN)/python -m pytest -n auto -m "not full and not vllm"
+	$(BIN)/python -m pytest -n auto -m "not full and not vllm and not cluster"
 
 test-full: install
 	$(BIN)/python -m pytest -n auto -m "not vllm"
+
+test-cluster: install
+	$(BIN)/python -m pytest -m "cluster and not full" tests/teacher_dump
 
 $(VLLM_VENV)/installed: constraints-vllm.txt
 	rm -rf $(VLLM_VENV)

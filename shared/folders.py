@@ -8,6 +8,7 @@ told by a digest that is written after it.
 Paths are relative to the folder, with `/`.
 """
 
+import os
 import posixpath
 import time
 import uuid
@@ -107,9 +108,9 @@ class LocalFolder:
         claim_folder(self.path, ours)
 
     def files(self, below: str = "") -> list[str]:
-        return sorted(
-            path.relative_to(self.path).as_posix() for path in (self.path / below).rglob("*") if path.is_file()
-        )
+        # Not Path.rglob, which is upset by others who remove what it goes through.
+        found = [Path(folder, name) for folder, _, names in os.walk(self.path / below) for name in names]
+        return sorted(path.relative_to(self.path).as_posix() for path in found)
 
     def exists(self, path: str) -> bool:
         return (self.path / path).is_file()
@@ -132,11 +133,13 @@ class LocalFolder:
     def remove(self, path: str) -> None:
         target = self.path / path
         with self._told(path):
-            # Not shutil.rmtree, which is upset by others who remove the same.
-            inside = sorted(target.rglob("*"), key=lambda each: len(each.parts), reverse=True)
-            for each in [*inside, target]:
-                with suppress(FileNotFoundError):
-                    each.rmdir() if each.is_dir() and not each.is_symlink() else each.unlink()
+            for folder, _, names in os.walk(target, topdown=False):  # others may remove the same
+                for name in names:
+                    Path(folder, name).unlink(missing_ok=True)
+                with suppress(OSError):  # somebody has written to it since
+                    Path(folder).rmdir()
+            with suppress(IsADirectoryError):
+                target.unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 sync_folder(target.parent)
 
@@ -173,7 +176,10 @@ class RemoteFolder:
             names: set[str] = set()
             with suppress(FileNotFoundError):
                 names = {posixpath.basename(path.rstrip("/")) for path in self._fs.ls(self._root, detail=False)}
-        if names and not names & set(ours):
+        tried = {name for name in names if name.startswith(PROBE)}  # by somebody who was killed then
+        for name in tried:
+            self.remove(name)
+        if names - tried and not names & set(ours):
             raise ConfigError(
                 f"output {self.name} is not empty and holds none of {', '.join(ours)}: it is not ours to write to",
                 next_step="give another `output`, or empty this one",
@@ -211,8 +217,11 @@ class RemoteFolder:
         return None
 
     def write(self, path: str, data: bytes | memoryview) -> None:
-        with _told(self._where(path)):
-            self._fs.pipe_file(self._at(path), bytes(data))
+        try:
+            with _told(self._where(path)):
+                self._fs.pipe_file(self._at(path), bytes(data))
+        except FileNotFoundError as error:  # of the bucket
+            raise OutputError(f"{self._where(path)} cannot be written: {error}", next_step="make the bucket") from None
 
     def remove(self, path: str) -> None:
         with _told(self._where(path)):

@@ -19,7 +19,7 @@ from shared.dataset import CARD_NAME, COPY_TOKENIZER, LogitDataset, shard_path
 from shared.errors import ConfigError, DamagedDataError, MismatchError
 from shared.files import claim_folder, sha256_of_bytes, why_no_file, write_atomically
 from shared.fingerprint import require_same_tokenizer
-from shared.manifest import MANIFEST_NAME, Event, Manifest, Shard, write_manifest
+from shared.manifest import MANIFEST_NAME, UNSCORABLE_NAME, Event, Manifest, Shard, write_manifest
 from shared.shard_reader import checked_bytes, tables_of
 from shared.shard_writer import Storage, write_table
 from shared.verification import strange_files, verify
@@ -56,9 +56,11 @@ def merge(datasets: Sequence[LogitDataset], output: Path, on_shard: OnShard = la
             on_shard()
     history = [event for dataset in datasets for event in dataset.manifest.history]
     event = Event(operation="merge", parents=[dataset.identity() for dataset in datasets])
+    unscorable = [other_files(dataset).get(UNSCORABLE_NAME, b"") for dataset in datasets]
     return _seal(
         output,
         first,
+        {UNSCORABLE_NAME: b"".join(unscorable)} if any(unscorable) else {},
         inputs=[each for dataset in datasets for each in dataset.manifest.inputs],
         shards=shards,
         unit_records=None,
@@ -118,7 +120,7 @@ def filter_rows(
         removed_sources=sorted(sources),
         reason=reason,
     )
-    return _seal(output, dataset, shards=shards, unit_records=None, history=[*manifest.history, event])
+    return _seal(output, dataset, {}, shards=shards, unit_records=None, history=[*manifest.history, event])
 
 
 def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]:
@@ -132,7 +134,7 @@ def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]
     """
     manifest, folder = dataset.manifest, dataset.folder
     try:
-        tokenizer_files(dataset)
+        other_files(dataset)
         dataset.tokenizer()
     except DamagedDataError as error:
         raise DamagedDataError(str(error.args[0]), next_step=f"{COPY_TOKENIZER}; {folder} is unchanged") from None
@@ -213,7 +215,7 @@ def _require_known(sources: Collection[str], known: set[str]) -> None:
             raise ConfigError(f"no row is of source {source!r}; {hint}")
 
 
-def tokenizer_files(dataset: LogitDataset) -> dict[str, bytes]:
+def other_files(dataset: LogitDataset) -> dict[str, bytes]:
     """Every file of a dataset but shards, card and manifest; raises DamagedDataError where one is not what it was."""
     found: dict[str, bytes] = {}
     for path, digest in dataset.manifest.files.items():
@@ -235,9 +237,9 @@ def _copy(dataset: LogitDataset, shard: Shard, output: Path, number: int) -> Sha
     return copy
 
 
-def _seal(output: Path, origin: LogitDataset, **changes: object) -> LogitDataset:
-    """Tokenizer and card, and last of all the manifest."""
-    files = tokenizer_files(origin)
+def _seal(output: Path, origin: LogitDataset, more: dict[str, bytes], **changes: object) -> LogitDataset:
+    """The origin's other files, or `more` in their place, the card, and last of all the manifest."""
+    files = other_files(origin) | more
     for path, data in files.items():
         write_atomically(output / path, data)
     manifest = origin.manifest.model_copy(update=changes)

@@ -215,7 +215,7 @@ class Ledger:
         )
 
     def _is_done_by_others(self, number: int) -> bool:
-        if self.output.exists(MANIFEST_NAME):
+        if self.sealed() is not None:
             return True
         try:
             record = UnitRecord.model_validate_json(self.output.read(f"{UNITS}/{number:05d}.json"))

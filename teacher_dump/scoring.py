@@ -166,5 +166,5 @@ def require_finite(row: Row, positions: Positions) -> None:
         token = int(row.source_index_P[first]) + 1
         raise NonFiniteError(
             f"row {row.sample_id!r}, token {token}: log p of the realised token is {positions.realised_logp_P[first]}",
-            next_step="try teacher.dtype: float32; if it stays, look at the row with this sample id",
+            next_step="try teacher.dtype: float32; if it stays, look at this row; on_unscorable: skip lists it instead",
         )

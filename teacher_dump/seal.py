@@ -8,7 +8,7 @@ from collections import defaultdict
 
 from shared.card import dataset_card
 from shared.dataset import CARD_NAME, shard_path
-from shared.errors import ConfigError, DamagedShardError, MismatchError, NonFiniteError
+from shared.errors import ConfigError, DamagedDataError, DamagedShardError, MismatchError, NonFiniteError
 from shared.files import sha256_of_bytes
 from shared.manifest import MANIFEST_NAME, UNSCORABLE_NAME, Event, Manifest, manifest_bytes, parse_manifest
 from teacher_dump.ledger import UNSEALED_MANIFEST, Ledger, UnitRecord, Unscorable
@@ -24,13 +24,12 @@ def seal(ledger: Ledger) -> Manifest | None:
 
     Raises:
         ConfigError: no dump was begun in this folder.
-        DamagedShardError: a shard is not what its record says.
+        DamagedDataError: a shard is not what its record says, or a file of the tokenizer not what the plan says.
         NonFiniteError: not one row could be scored.
     """
     output = ledger.output
     plan, records, history = ledger.plan(), ledger.records(), _history(ledger)
-    files = ledger.tokenizer_files(plan) if plan is not None and not output.exists(MANIFEST_NAME) else {}
-    # After all that is needed was read: who seals removes it, but not before there is a manifest.
+    # After what is needed was read: who seals removes it, but not before there is a manifest.
     if (sealed := ledger.sealed()) is not None:
         ledger.clear()
         return sealed
@@ -45,6 +44,12 @@ def seal(ledger: Ledger) -> Manifest | None:
             f"{output.name}: {len(damaged)} shards are not what was committed: {names}",
             next_step="run the same `teacher-dump run` again, which does these units again",
         )
+    try:
+        files = ledger.tokenizer_files(plan)
+    except DamagedDataError:
+        if (sealed := ledger.sealed()) is None:
+            raise
+        return sealed
     return _write(ledger, plan, [records[number] for number in range(plan.num_units)], files, history)
 
 

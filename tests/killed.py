@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,15 @@ def traced(steps: Steps) -> Iterator[None]:
         Path.open, os.fsync, Path.replace, Path.unlink, Path.rmdir = opened, fsync, replace, unlink, rmdir
 
 
-def killed_at(step: int, work: Callable[[], Any]) -> bool:
+Tracing = Callable[[Steps], AbstractContextManager[None]]
+
+
+def killed_at(step: int, work: Callable[[], Any], tracing: Tracing = traced) -> bool:
     """Do the work in a forked process; was it killed at this step (or did it end before it)?"""
     pid = os.fork()
     if pid == 0:
         try:
-            with traced(Steps(step)):
+            with tracing(Steps(step)):
                 work()
         except BaseException:
             traceback.print_exc(file=sys.__stderr__)

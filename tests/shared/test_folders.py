@@ -62,6 +62,13 @@ def test_a_folder_is_claimed_where_it_is_new_or_ours(folder: Folder):
     assert folder.files() == [".work/plan"]
 
 
+def test_what_a_killed_claim_left_does_not_make_it_somebody_elses(tmp_path: Path):
+    folder = open_folder(f"memory:/{tmp_path}/out")
+    folder.write(".probe-0123", b"")
+    folder.claim(OURS)
+    assert folder.files() == []
+
+
 def test_a_folder_of_somebody_else_is_refused(folder: Folder):
     folder.write("thesis.tex", b"x")
     with pytest.raises(ConfigError, match=r"out is not empty and holds none of manifest.json, .work: it is not ours"):

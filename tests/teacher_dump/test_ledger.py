@@ -1,0 +1,130 @@
+"""What is committed: a unit is done when its shard is there and is what its record says, and not before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.dataset import LogitDataset
+from shared.errors import DamagedDataError, DamagedManifestError, MismatchError, OutputError
+from shared.folders import LocalFolder, open_folder
+from teacher_dump.dump import run_dump
+from teacher_dump.ledger import EncodedUnit, Ledger
+from teacher_dump.workers import Share
+from tests.data import dump_settings, sealed_dump
+
+
+@pytest.fixture
+def begun(teacher_folder: Path, chats: Path, tmp_path: Path) -> Any:
+    """Settings of a dump of four units of which worker 0 of 2 has done its two."""
+    settings = dump_settings(teacher_folder, chats, tmp_path / "out")
+    assert run_dump(settings, share=Share(0, 2)) is None
+    return settings
+
+
+def ledger_of(settings: Any) -> Ledger:
+    return Ledger(open_folder(settings.output))
+
+
+def test_a_unit_is_done_when_shard_and_record_agree(begun: Any):
+    ledger = ledger_of(begun)
+    records = ledger.records()
+    assert len(records) == 2
+    assert ledger.intact(records.values()) == records
+    first = min(records)
+    shard = Path(begun.output) / records[first].shard.path  # pyright: ignore[reportOptionalMemberAccess]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert ledger.intact(records.values()).keys() == records.keys() - {first}
+    shard.unlink()
+    assert ledger.intact(records.values()).keys() == records.keys() - {first}
+
+
+def test_a_damaged_record_is_told_and_its_unit_done_again(
+    begun: Any, sealed: LogitDataset, caplog: pytest.LogCaptureFixture
+):
+    record = sorted((Path(begun.output) / ".logitferry/units").iterdir())[0]
+    record.write_bytes(record.read_bytes()[:50])
+    assert sealed_dump(begun, share=Share()).manifest.shards == sealed.manifest.shards
+    assert f"{record}: damaged: its unit is not taken as done" in caplog.text
+
+
+def test_of_two_workers_at_one_unit_the_first_commit_stays(begun: Any, caplog: pytest.LogCaptureFixture):
+    """As where a requeued job begins while the old one still ends."""
+    ledger = ledger_of(begun)
+    number, record = min(ledger.records().items())
+    before = Path(begun.output, record.shard.path).read_bytes()  # pyright: ignore[reportOptionalMemberAccess]
+    ledger.commit(EncodedUnit(record=record.model_copy(update={"worker": "late"}), data=None, num_records=7))
+    assert f"unit {number} was done by another worker meanwhile" in caplog.text
+    assert ledger.records()[number] == record
+    assert Path(begun.output, record.shard.path).read_bytes() == before  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_straggler_does_not_touch_a_sealed_dataset(begun: Any):
+    ledger = ledger_of(begun)
+    record = min(ledger.records().values(), key=lambda each: each.number)
+    sealed_dump(begun, share=Share())
+    before = {path: path.read_bytes() for path in Path(begun.output).rglob("*") if path.is_file()}
+    ledger.commit(EncodedUnit(record=record, data=None, num_records=7))
+    assert {path: path.read_bytes() for path in Path(begun.output).rglob("*") if path.is_file()} == before
+
+
+def test_a_plan_that_is_there_is_never_replaced(begun: Any):
+    ledger = ledger_of(begun)
+    plan = ledger.plan()
+    assert plan is not None
+    other = plan.model_copy(update={"unit_records": 3})
+    assert ledger.commit_plan(other, {}) == plan
+    assert ledger.plan() == plan
+
+
+def test_a_plan_of_another_release_or_of_none_is_refused(begun: Any):
+    ledger, path = ledger_of(begun), Path(begun.output) / ".logitferry/plan.json"
+    tree = json.loads(path.read_bytes())
+    path.write_text(json.dumps(tree | {"plan_version": 2, "more": 1}, indent=1))
+    with pytest.raises(MismatchError, match=r"another release of logitferry made this plan[^$]*finish the dump with"):
+        ledger.plan()
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises((DamagedDataError, MismatchError)):
+        ledger.plan()
+    path.write_text("{}")
+    with pytest.raises(DamagedDataError, match="is no plan"):
+        ledger.plan()
+
+
+def test_a_tokenizer_that_was_damaged_since_is_refused(begun: Any):
+    ledger = ledger_of(begun)
+    plan = ledger.plan()
+    assert plan is not None
+    assert set(ledger.tokenizer_files(plan)) == plan.files.keys() >= {"tokenizer/tokenizer.json"}
+    path = Path(begun.output) / ".logitferry/tokenizer/tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b"fox", b"dog"))
+    with pytest.raises(DamagedDataError, match=r"tokenizer\.json: damaged\n  next: copy it from the teacher's"):
+        run_dump(begun, share=Share())
+
+
+def test_a_failure_is_noted_and_of_no_account_once_the_unit_is_done(begun: Any):
+    ledger = ledger_of(begun)
+    number = next(iter(set(range(4)) - ledger.records().keys()))
+    ledger.fail(number, "1/2 on somewhere", ValueError("it broke"))
+    assert ledger.failures()[number].error == "it broke"
+    assert run_dump(begun, share=Share()) is not None
+
+
+def test_a_failure_that_cannot_be_noted_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = LocalFolder(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OutputError("no space")
+
+    monkeypatch.setattr(folder, "write", full)
+    Ledger(folder).fail(3, "w", ValueError("it broke"))
+
+
+def test_a_manifest_that_is_there_in_part_is_written_again_while_there_is_a_plan(begun: Any, sealed: LogitDataset):
+    """Over sftp and the like, where an upload shows while it goes on."""
+    (Path(begun.output) / "manifest.json").write_bytes(b'{"format_version": 1,')
+    assert sealed_dump(begun, share=Share()).manifest == sealed.manifest
+    (Path(begun.output) / "manifest.json").write_bytes(b'{"format_version": 1,')
+    with pytest.raises(DamagedManifestError):
+        run_dump(begun, share=Share())
