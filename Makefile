@@ -41,7 +41,7 @@ test-full: install
 	$(BIN)/python -m pytest -n auto -m "not vllm"
 
 test-cluster: install
-	$(BIN)/python -m pytest -m "cluster and not full" tests/teacher_dump
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not full"
 
 $(VLLM_VENV)/installed: constraints-vllm.txt
 	rm -rf $(VLLM_VENV)

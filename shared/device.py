@@ -1,14 +1,20 @@
 """The one place that names a device.  The rest of the code reads the same on CPU, CUDA and Ascend NPU."""
 
+import os
 import resource
 
 import torch
 
 from shared.errors import ConfigError
 
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
+"""Of torchrun and of srun: which of this machine's processes this one is."""
+
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the accelerator that torch finds, else the CPU; anything else is taken by its word.
+
+    Of several accelerators it is the one of this process's rank on the machine, where torchrun or srun gives one.
 
     Raises:
         ConfigError: the named device does not exist here.
@@ -16,7 +22,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         # torch.accelerator came with torch 2.6 and knows CUDA, NPU (torch-npu), XPU and MPS alike.
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        if found is None:
+            return torch.device("cpu")
+        rank = next((os.environ[each] for each in LOCAL_RANKS if os.environ.get(each, "").isdecimal()), None)
+        # Where the scheduler shows each process its own device only, there is one, whatever the rank.
+        return found if rank is None else torch.device(found.type, int(rank) % torch.accelerator.device_count())
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

@@ -48,7 +48,7 @@ def dump_settings(teacher: Path, files: Path, output: Path, **changes: Any) -> D
         *parents, leaf = dotted.split("__")
         branch = tree
         for parent in parents:
-            branch = branch[parent]
+            branch = branch.setdefault(parent, {})
         branch[leaf] = value
     return DumpSettings.model_validate(tree)
 

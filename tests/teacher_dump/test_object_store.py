@@ -139,7 +139,7 @@ def traced_requests(steps: Steps) -> Iterator[None]:
 def test_killed_between_any_two_requests_twice_in_a_row(
     store: Store, sealed: LogitDataset, teacher_folder: Path, chats: Path, first: int
 ):
-    """Every fourth step, then a later one; then the run that ends.  A shard is PUT, then its record, last the manifest."""
+    """Every fourth step, then a later one, then to the end.  A shard is PUT, then its record, the manifest last."""
     expected = files_of(sealed.folder)
     step, ended = first, False
     while not ended:
