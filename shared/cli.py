@@ -121,7 +121,10 @@ class _Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self) for number in self.SAID}
+        previous = {number: signal.getsignal(number) for number in self.SAID}
+        for number, handler in previous.items():
+            if handler is not signal.SIG_IGN:  # as shells set it for what runs in the background
+                signal.signal(number, self)
         try:
             yield
         finally:

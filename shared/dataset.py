@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from shared.errors import DamagedDataError, UnsealedDatasetError
+from shared.errors import ConfigError, DamagedDataError, UnsealedDatasetError
 from shared.files import sha256_of_bytes, sha256_of_file, why_no_file
 from shared.fingerprint import tokenizer_fingerprint
 from shared.folders import LocalFolder, open_folder
@@ -39,8 +39,14 @@ class LogitDataset:
         """Read the manifest; shards are verified when they are read.
 
         Raises:
+            ConfigError: it is a URL.
             UnsealedDatasetError, UnknownVersionError, DamagedDataError: see `read_manifest`.
         """
+        if "://" in str(folder):
+            raise ConfigError(
+                f"dataset {folder}: of a dataset at a URL only `logit-shards info` can be had",
+                next_step="copy it to this machine first, whole: its digests will be compared",
+            )
         return LogitDataset(folder=Path(folder), manifest=read_manifest(Path(folder)))
 
     def row_groups(self, index: int) -> Iterator[list[LogitRow]]:

@@ -1,7 +1,8 @@
 """What of an output folder `doctor` looks at: may it be written, is there room, and how long until a file is safe?
 
 A dump commits every shard with fsync and rename, so that is tried here, in a folder that is gone afterwards.  An output
-that is not there yet is not made: the nearest folder above it that exists stands for it.
+that is not there yet is not made: the nearest folder above it that exists stands for it.  At a URL only writing is
+tried.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from shared.errors import ConfigError, OutputError
 from shared.files import claim_folder, write_atomically
+from shared.folders import PROBE, Folder, LocalFolder, open_folder
 from shared.text_files import TextFile, find_text_files
 from teacher_dump.config import DumpSettings, KeepSettings
 from teacher_dump.doctor.finding import MIB, Finding, attempt, size
@@ -34,7 +36,11 @@ def output_folder(settings: DumpSettings) -> Iterator[Finding]:
     """Room, what holds it, and how fast it is."""
     from teacher_dump.ledger import OURS
 
-    output = Path(settings.output)
+    folder = open_folder(settings.output)
+    if not isinstance(folder, LocalFolder):
+        yield from _elsewhere(folder)
+        return
+    output = folder.path
     place = output.absolute()
     while not os.path.lexists(place):  # ends at the root
         place = place.parent
@@ -51,6 +57,21 @@ def output_folder(settings: DumpSettings) -> Iterator[Finding]:
         yield Finding("output", "warning", found, mend)
     else:
         yield Finding("output", "ok", found)
+
+
+def _elsewhere(folder: Folder) -> Iterator[Finding]:
+    """May an object store be written, and how long does that take?"""
+    from teacher_dump.ledger import OURS
+
+    folder.claim(OURS)
+    waits = []
+    for number in range(TRIES):
+        begin = time.monotonic()
+        folder.write(f"{PROBE}{number}", os.urandom(TRY_BYTES))
+        waits.append(time.monotonic() - begin)
+        folder.remove(f"{PROBE}{number}")
+    wait_ms = 1000 * statistics.median(waits)
+    yield Finding("output", "ok", f"{size(TRY_BYTES)} written to {folder.name} in {wait_ms:.0f} ms (median of {TRIES})")
 
 
 def _room(settings: DumpSettings, place: Path) -> Finding:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from shared.errors import ConfigError
+from shared.folders import open_folder
 from teacher_dump.config import DumpSettings
 from teacher_dump.doctor import devices, examination, machine, output, requirements
 from teacher_dump.doctor.examination import Finding, examine, exit_code, render
@@ -321,6 +322,19 @@ def test_doctor_mends_an_output_that_cannot_be_made_or_is_not_ours(settings, tmp
     found = mended("output", examine(settings(output=tmp_path)))
     assert "is not empty and holds none of" in found.found
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_doctor_tries_to_write_to_an_output_elsewhere_and_leaves_nothing(settings, tmp_path):
+    findings = examine(settings().model_copy(update={"output": f"memory:/{tmp_path}/out"}))
+    assert exit_code(findings) == 0
+    (found,) = of("output", findings)
+    assert found.found.startswith(f"1.0 MiB written to memory:/{tmp_path}/out in ")
+    assert open_folder(f"memory:/{tmp_path}/out").files() == []
+    open_folder(f"memory:/{tmp_path}/out").write("thesis.tex", b"x")
+    found = mended("output", examine(settings().model_copy(update={"output": f"memory:/{tmp_path}/out"})))
+    assert "is not empty and holds none of" in found.found
+    found = mended("output", examine(settings().model_copy(update={"output": "s4://bucket/out"})))
+    assert found.found == "s4://bucket/out: Protocol not known: s4"
 
 
 def test_doctor_tries_an_output_that_is_there_and_leaves_it_as_it_is(settings, tmp_path):
