@@ -138,6 +138,7 @@ class RaySettings(Settings):
     replicas: int | None = Field(default=None, ge=1)
     """How many there are; null makes as many as the cluster has room for at the start."""
     cpus: float = Field(default=1.0, ge=0.0)
+    """Cores of one replica, which encodes as well."""
     gpus: float | None = Field(default=None, ge=0.0)
     """null takes what the engine's parallelism asks for, where the cluster has any."""
     resources: dict[str, float] = {}

@@ -1,5 +1,6 @@
 """Static workers: each takes a fixed share of the units, told by its number alone, without any coordinator."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ class Share:
         Of every `count` consecutive units each worker has one, which one varies, so that what a lost worker leaves
         is spread over all workers of a next run, whatever their number.
         """
-        block = unit // self.count
-        return (unit + (block * 0x9E3779B1 >> 16)) % self.count == self.index
+        block = (unit // self.count).to_bytes(8, "big")
+        shift = int.from_bytes(hashlib.blake2b(block, digest_size=8).digest(), "big")
+        return (unit + shift) % self.count == self.index
 
     @staticmethod
     def parse(text: str) -> "Share":

@@ -24,7 +24,8 @@ def test_what_a_lost_worker_leaves_is_spread_over_the_next_ones(count: int, next
     left = [unit for unit in range(count * 200) if Share(0, count).has(unit)]
     next_shares = Counter(index for unit in left for index in range(next_count) if Share(index, next_count).has(unit))
     assert len(left) == 200
-    assert max(next_shares.values()) < 2.5 * 200 / next_count + 8
+    mean = 200 / next_count
+    assert max(next_shares.values()) < mean + 6 * mean**0.5 + 2, "as even as chance makes it"
 
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "3"}
