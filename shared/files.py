@@ -14,6 +14,9 @@ from shared.errors import ConfigError, OutputError
 
 HASH_BLOCK_BYTES = 1 << 22
 TEMPORARY_PREFIX = ".writing-"
+PROBE = ".probe-"
+NOBODYS = (TEMPORARY_PREFIX, PROBE, ".doctor-", ".nfs")
+"""Names that say nothing of whose a folder is: of what is tried or was left behind."""
 
 
 def claim_folder(folder: Path, ours: Sequence[str]) -> None:
@@ -25,13 +28,14 @@ def claim_folder(folder: Path, ours: Sequence[str]) -> None:
     """
     try:
         _make_folder(folder)
-        if any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
+        taken = any(not path.name.startswith(NOBODYS) for path in folder.iterdir())
+        if taken and not any((folder / name).exists() for name in ours):
             what = f"is not empty and holds none of {', '.join(ours)}" if ours else "is not empty"
             raise ConfigError(
                 f"output {folder} {what}: it is not ours to write to",
                 next_step="give another `output`, or empty this one",
             )
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder, prefix=PROBE):  # which has a name where the file system knows no other
             pass
     except FileExistsError:
         raise ConfigError(f"output {folder} is a file, not a folder", next_step="give another `output`") from None

@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from shared.errors import ConfigError, LogitferryError, OutputError
 from shared.files import (
+    PROBE,
     TEMPORARY_PREFIX,
     claim_folder,
     sha256_of_file,
@@ -31,7 +32,8 @@ from shared.files import (
     write_atomically,
 )
 
-PROBE = ".probe-"
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "obs", "cos", "r2", "memory"}
+"""Which have no folders to make; making one of their buckets is nothing to do in passing."""
 PATTERN_CHARACTERS = "*?["
 """With which fsspec's file systems would mean other folders as well."""
 
@@ -156,6 +158,8 @@ class LocalFolder:
             yield
         except (FileNotFoundError, LogitferryError):
             raise
+        except NotADirectoryError:
+            raise ConfigError(f"{self.path} is a file, not a folder", next_step="check the path") from None
         except OSError as error:
             raise OutputError(
                 f"{self.path / path}: {error.strerror}", next_step="mend the folder's permissions"
@@ -169,6 +173,9 @@ class RemoteFolder:
         self._fs: Any = fs
         self._root = root.rstrip("/")
         self.name = url.rstrip("/")
+        self._made: set[str] = set()
+        protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
+        self._is_object_store = not OBJECT_STORES.isdisjoint(protocols)
 
     def claim(self, ours: Sequence[str]) -> None:
         with _told(self.name):
@@ -207,7 +214,11 @@ class RemoteFolder:
     def read_all(self, paths: Sequence[str]) -> list[bytes]:
         whole = [None] * len(paths)
         with _told(self.name):
-            return self._fs.cat_ranges([self._at(path) for path in paths], whole, whole, on_error="raise")
+            found = self._fs.cat_ranges([self._at(path) for path in paths], whole, whole, on_error="raise")
+            for each in found:
+                if isinstance(each, BaseException):  # earlier releases of fsspec give back what they should raise
+                    raise each
+            return found
 
     def sha256(self, path: str) -> str | None:
         with _told(self._where(path)), suppress(FileNotFoundError):
@@ -219,9 +230,14 @@ class RemoteFolder:
     def write(self, path: str, data: bytes | memoryview) -> None:
         try:
             with _told(self._where(path)):
+                if not self._is_object_store and (parent := posixpath.dirname(self._at(path))) not in self._made:
+                    self._fs.makedirs(parent, exist_ok=True)
+                    self._made.add(parent)
                 self._fs.pipe_file(self._at(path), bytes(data))
         except FileNotFoundError as error:  # of the bucket
-            raise OutputError(f"{self._where(path)} cannot be written: {error}", next_step="make the bucket") from None
+            raise OutputError(
+                f"{self._where(path)} cannot be written: {error}", next_step="make the bucket or folder it lies in"
+            ) from None
 
     def remove(self, path: str) -> None:
         with _told(self._where(path)):

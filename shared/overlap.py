@@ -2,6 +2,7 @@
 away behind.  Each in one thread, in order, with a bound on what waits; errors reach whoever takes the results.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -26,8 +27,11 @@ def _closed(items: Iterable[T]) -> Iterator[Iterator[T]]:
             iterator.close()
 
 
-def made_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """The items, up to `depth` of them made before they are asked for."""
+def made_ahead(items: Iterable[T], depth: int, stop: threading.Event | None = None) -> Iterator[T]:
+    """The items, up to `depth` of them made before they are asked for.
+
+    `stop` is set when nobody asks any more, for `items` that take long to make one.
+    """
     iterator = iter(items)
     with ThreadPoolExecutor(1) as executor:
         pending = deque(executor.submit(next, iterator, _END) for _ in range(depth))
@@ -36,6 +40,8 @@ def made_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
                 pending.append(executor.submit(next, iterator, _END))
                 yield item  # pyright: ignore[reportReturnType]
         finally:
+            if stop is not None:
+                stop.set()
             for future in pending:
                 future.cancel()
 

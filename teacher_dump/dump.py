@@ -8,11 +8,12 @@ and tokenized in a thread, and the one before is encoded, hashed and written in 
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
 
-from shared.errors import ConfigError, MismatchError
+from shared.errors import ConfigError
 from shared.folders import open_folder
 from shared.manifest import MANIFEST_NAME, Manifest
 from shared.overlap import Stopwatch, made_ahead, put_away
@@ -24,8 +25,9 @@ from shared.text_rows import TextRows
 from teacher_dump.config import DumpSettings, RaySettings
 from teacher_dump.engines import open_engine, require_in_vocabulary, teacher_identity
 from teacher_dump.keep import keep_rule
-from teacher_dump.ledger import OURS, EncodedUnit, Ledger
-from teacher_dump.planning import contents_of, input_files, new_plan
+from teacher_dump.ledger import OURS, EncodedUnit, Ledger, UnitRecord
+from teacher_dump.plan import Plan
+from teacher_dump.planning import contents_of, make_plan, tokenizer_files
 from teacher_dump.scoring import Engine
 from teacher_dump.seal import require_same_units, seal, unseal
 from teacher_dump.units import Unit, UnitWork, read_units, scored_units, this_process
@@ -75,19 +77,27 @@ def run_dump(
                 return sealed
             require_same_units(sealed, output.name, settings.unit_records)
         if (plan := ledger.plan()) is None:
-            plan = new_plan(ledger, contents, settings.unit_records, reader, text, tokenizer)
+            files = tokenizer_files(tokenizer)
+            plan = make_plan(contents, settings.unit_records, reader, text, files)
+            if (sealed := ledger.sealed()) is not None and not sealed.missing:  # by others, while this one read
+                return sealed
+            plan = ledger.commit_plan(plan, files)
         plan.require_same(contents, settings.unit_records, f"{output.name}: the plan")
         require_in_vocabulary(max(plan.largest_id, *rule.always_ids, 0), identity)
         if sealed is not None:
             unseal(ledger, sealed, plan)
         if plan_only:
             return None
-        done = ledger.intact([record for record in ledger.records().values() if share.has(record.number)])
+        done = _done(ledger, plan, share, settings)
+        if (sealed := ledger.sealed()) is not None:  # by others, and the records are gone
+            return sealed
         todo = {number for number in range(plan.num_units) if share.has(number)} - done.keys()
         if done:
             logger.info("%d of %d units are done already", len(done), len(done) + len(todo))
         if todo:
-            units, work = read_units(reader, text, plan, todo), UnitWork.of(settings, plan, rule)
+            stop = threading.Event()
+            units = made_ahead(read_units(reader, text, plan, todo, stop), UNITS_AHEAD, stop)
+            work = UnitWork.of(settings, plan, rule)
             committed = (
                 _by_ray(units, work, ledger, settings.ray)
                 if launcher == "ray"
@@ -96,12 +106,18 @@ def run_dump(
             with progress("dump", min(len(todo) * plan.unit_records, plan.tally["records"]), "records") as ticker:
                 for unit in committed:
                     ticker.advance(unit.num_records)
-    if input_files(reader) != plan.contents.input.files:
-        raise MismatchError(
-            f"{', '.join(settings.data.files)} changed while they were read: the dump is of neither version",
-            next_step=f"remove {output.name} and dump again from files that stay as they are",
-        )
     return seal(ledger)
+
+
+def _done(ledger: Ledger, plan: Plan, share: Share, settings: DumpSettings) -> dict[int, UnitRecord]:
+    """The units of a share that need not be done, by their numbers; of others that have a record it is forgotten."""
+    ours = {number: record for number, record in ledger.records(plan).items() if share.has(number)}
+    if settings.on_unscorable == "error":  # what an earlier run was allowed to skip, this one is not
+        ours = {number: record for number, record in ours.items() if not record.unscorable}
+    intact = ledger.intact(ours.values())
+    for number in ours.keys() - intact.keys():
+        ledger.forget(number)
+    return intact
 
 
 def _here(units: Iterator[Unit], work: UnitWork, ledger: Ledger, worker: str, load: Load) -> Iterator[EncodedUnit]:
@@ -120,7 +136,7 @@ def _here(units: Iterator[Unit], work: UnitWork, ledger: Ledger, worker: str, lo
         return ledger.commit(encoded)
 
     watch = Stopwatch("text", "the teacher", "writing")
-    ahead = watch.of("text", made_ahead(units, UNITS_AHEAD))
+    ahead = watch.of("text", units)
     scored = watch.of("the teacher", scored_units(ahead, work.open_engine(load), fail))
     yield from watch.of("writing", put_away(encode_and_commit, scored, UNITS_AHEAD))
     logger.info("waited for %s", watch.summary())
@@ -131,7 +147,7 @@ def _by_ray(units: Iterator[Unit], work: UnitWork, ledger: Ledger, settings: Ray
     from teacher_dump.ray_pool import encoded_by_replicas
 
     watch = Stopwatch("text", "the replicas", "writing")
-    ahead = watch.of("text", made_ahead(units, UNITS_AHEAD))
+    ahead = watch.of("text", units)
     encoded = watch.of("the replicas", encoded_by_replicas(ahead, work, settings, ledger.fail))
     yield from watch.of("writing", put_away(ledger.commit, encoded, UNITS_AHEAD))
     logger.info("waited for %s", watch.summary())
@@ -147,6 +163,6 @@ def _share_of(launcher: Launcher, given: Share | None) -> Share:
     share, said = Share.of_environment(os.environ)
     if said is not None:
         logger.info("worker %s, by %s", share, said)
-    elif (hint := array_hint(os.environ)) is not None:
+    if share.count == 1 and (hint := array_hint(os.environ)) is not None:
         logger.warning(hint)
     return share

@@ -9,8 +9,8 @@
     manifest.json                      last of all; then .logitferry is removed
 
 On a crash the open units are lost and done again.  Two workers do the same unit only where a run is started beside
-another one that has the same share.  Then the first commit stays, except where both write within the same moment;
-the digests, which are all compared before the manifest is written, tell whether shard and record are of one worker.
+another one that has the same share.  Then the first commit stays, except where both write a shard at the same time.
+All digests are compared before the manifest is written, and who writes a shard into a sealed dataset says so.
 """
 
 import logging
@@ -19,13 +19,14 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 import pyarrow as pa
 
 from shared.config import Settings
 from shared.dataset import shard_path
-from shared.errors import DamagedDataError, DamagedManifestError, LogitferryError, MismatchError
+from shared.errors import DamagedDataError, DamagedManifestError, DamagedShardError, LogitferryError, MismatchError
 from shared.files import sha256_of_bytes
 from shared.folders import Folder
 from shared.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest
@@ -38,6 +39,7 @@ UNSEALED_MANIFEST = f"{WORK_FOLDER}/{MANIFEST_NAME}"
 OURS = (MANIFEST_NAME, WORK_FOLDER)
 """An output folder that holds neither is not ours."""
 READERS = 8
+LEFT_BEHIND_S = 3600.0
 
 logger = logging.getLogger("logitferry")
 
@@ -56,6 +58,8 @@ class UnitRecord(Settings):
     """Committed after the unit's shard: it is done."""
 
     number: int
+    plan: str
+    """The identity of the plan that it is a unit of."""
     shard: Shard | None
     """None where the unit has no rows."""
     unscorable: list[Unscorable] = []
@@ -125,7 +129,10 @@ class Ledger:
             raise MismatchError(
                 f"{where}: another release of logitferry made this plan", next_step="finish the dump with that release"
             )
-        raise DamagedDataError(f"{where}: is no plan", next_step=f"remove {self.output.name} and dump again")
+        raise DamagedDataError(
+            f"{where}: is no plan",
+            next_step="remove this file alone and run again: the same plan is made, and its units are still good",
+        )
 
     def commit_plan(self, plan: Plan, files: dict[str, bytes]) -> Plan:
         """Write a plan and the files it names, unless there is one by now, which is given back."""
@@ -133,8 +140,8 @@ class Ledger:
             for path, data in files.items():
                 self.output.write(f"{WORK_FOLDER}/{path}", data)
             self.output.write(PLAN, plan.model_dump_json(indent=1).encode())
-            return plan
-        return earlier
+            earlier = self.plan()  # another worker's, maybe, who wrote his at the same moment
+        return earlier or plan
 
     def tokenizer_files(self, plan: Plan) -> dict[str, bytes]:
         """By their paths in the dataset; raises DamagedDataError where one is not what it was."""
@@ -149,9 +156,13 @@ class Ledger:
                 )
         return found
 
-    def records(self) -> dict[int, UnitRecord]:
-        """Of all units that are done, by their numbers; their shards are not looked at."""
-        return self._numbered(UNITS, UnitRecord)
+    def records(self, plan: Plan) -> dict[int, UnitRecord]:
+        """Of all units of this plan that are done, by their numbers; their shards are not looked at."""
+        found = self._numbered(UNITS, UnitRecord)
+        ours = {number: record for number, record in found.items() if record.plan == plan.identity}
+        if len(ours) < len(found):
+            logger.warning("%d units were done by another plan and are not taken as done", len(found) - len(ours))
+        return ours
 
     def failures(self) -> dict[int, Failure]:
         """Of all units that stopped a worker, by their numbers."""
@@ -163,25 +174,36 @@ class Ledger:
             are = executor.map(self._is_intact, records)
             return {record.number: record for record, is_intact in zip(records, are, strict=True) if is_intact}
 
+    def forget(self, number: int) -> None:
+        """Of a unit whose shard is damaged or gone: it is not done."""
+        self.output.remove(_record_path(number))
+
     def commit(self, unit: EncodedUnit) -> EncodedUnit:
         """Make a unit durable: its shard, then its record.
 
         Raises:
             OutputError: one cannot be written; what was committed before stays whole.
+            DamagedShardError: others did the unit and sealed the dataset while its shard was written, which replaced
+                theirs by one with other digits.
         """
         record = unit.record
-        if self._is_done_by_others(record.number):
+        if self._is_done_by_others(record.number, record.plan):
             logger.warning("unit %d was done by another worker meanwhile, whose result stays", record.number)
             return unit
         if record.shard is not None:
             assert unit.data is not None
             self.output.write(record.shard.path, memoryview(unit.data))
         self.write_record(record.model_copy(update={"committed_at": time.time()}))
+        if record.shard is not None and (sealed := self.sealed()) is not None and record.shard not in sealed.shards:
+            raise DamagedShardError(
+                f"{self.output.name}/{record.shard.path}: was written late, into a dataset that others had sealed",
+                next_step=f"logit-shards repair {self.output.name}, then run the same `teacher-dump run` again",
+            )
         return unit
 
     def write_record(self, record: UnitRecord) -> None:
         """Say that a unit is done whose shard is there."""
-        self.output.write(f"{UNITS}/{record.number:05d}.json", record.model_dump_json().encode())
+        self.output.write(_record_path(record.number), record.model_dump_json().encode())
 
     def fail(self, number: int, worker: str, error: Exception) -> None:
         """Note what a unit ended in; says nothing where even that cannot be written, since the error itself is told."""
@@ -192,6 +214,8 @@ class Ledger:
     def clear(self) -> None:
         """Remove all but the dataset."""
         self.output.remove(WORK_FOLDER)
+        self.output.sweep("part-*", older_than_s=0)
+        self.output.sweep("*", older_than_s=LEFT_BEHIND_S)  # younger ones may be of somebody else who seals just now
 
     def _numbered(self, below: str, kind: type[S]) -> dict[int, S]:
         paths = [path for path in self.output.files(below) if path.endswith(".json")]
@@ -202,8 +226,7 @@ class Ledger:
             return {}
         for path, data in zip(paths, read, strict=True):
             try:
-                one = kind.model_validate_json(data)
-                found[one.number] = one  # pyright: ignore[reportAttributeAccessIssue]
+                found[int(PurePosixPath(path).stem)] = kind.model_validate_json(data)
             except ValueError:
                 logger.warning("%s/%s: damaged: its unit is not taken as done", self.output.name, path)
         return found
@@ -214,11 +237,15 @@ class Ledger:
             shard.path == shard_path(record.number) and self.output.sha256(shard.path) == shard.sha256
         )
 
-    def _is_done_by_others(self, number: int) -> bool:
+    def _is_done_by_others(self, number: int, plan: str) -> bool:
         if self.sealed() is not None:
             return True
         try:
-            record = UnitRecord.model_validate_json(self.output.read(f"{UNITS}/{number:05d}.json"))
+            record = UnitRecord.model_validate_json(self.output.read(_record_path(number)))
         except (FileNotFoundError, ValueError):
             return False
-        return self._is_intact(record)
+        return record.plan == plan and self._is_intact(record)
+
+
+def _record_path(number: int) -> str:
+    return f"{UNITS}/{number:05d}.json"

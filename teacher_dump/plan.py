@@ -7,6 +7,7 @@ from typing import Any
 
 from shared.config import Settings
 from shared.errors import ConfigError, MismatchError
+from shared.fingerprint import sha256_of_json
 from shared.manifest import CREATED_BY, FORMAT_VERSION, Event, Input, Manifest, Shard, Teacher, row_format
 from shared.schema import RowFormat
 from shared.text_config import TextSettings
@@ -71,6 +72,8 @@ class Plan(Settings):
     contents: Contents
     tally: dict[str, int]
     """What becomes of the records."""
+    unit_digests: list[str]
+    """Of every unit's rows, ids and marks, so that what is scored is what was planned, whatever changed since."""
     longest_row: int
     largest_id: int
     unit_records: int
@@ -80,6 +83,13 @@ class Plan(Settings):
     @property
     def num_units(self) -> int:
         return -(-self.tally["records"] // self.unit_records)
+
+    @property
+    def identity(self) -> str:
+        """Same plans, wherever and by whom they were made, have the same; every unit's record names it."""
+        same = self.model_dump(mode="json", include={"contents", "tally", "unit_records", "unit_digests"})
+        del same["contents"]["teacher"]["name"]  # a path, maybe
+        return sha256_of_json(same)
 
     @property
     def row_format(self) -> RowFormat:

@@ -1,8 +1,9 @@
 """Replicas of the teacher as Ray actors, on one machine or over a cluster; a unit goes to whichever is free.
 
-Ray does the placing, starts lost replicas again, elsewhere if need be, and repeats what they were at.  Units travel to
-a replica as tokens and come back as the bytes of a shard.  The process that was started reads all input and writes all
-output, so nodes share no file system but the one, or the cache, that the teacher is loaded from.
+Ray places the actors and finds out which are lost.  For a lost one another is asked for, which Ray places when there
+is room, and what it was at goes to whoever is free next: nothing waits for a node that does not come back.  Units
+travel to a replica as tokens and come back as the bytes of a shard.  The process that was started reads all input and
+writes all output, so nodes share no file system but the one, or the cache, that the teacher is loaded from.
 
 Every replica has two units in hand, so that it encodes one while it scores the other.
 """
@@ -10,8 +11,10 @@ Every replica has two units in hand, so that it encodes one while it scores the 
 import os
 import signal
 import threading
+import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -22,8 +25,12 @@ from teacher_dump.scoring import Engine
 from teacher_dump.units import Unit, UnitWork, logger, this_process
 
 UNITS_IN_HAND = 2
-RETRIES = 3
-"""Of one unit whose replica dies: more often, and the unit is what kills it."""
+DEATHS = 4
+"""Of replicas over one unit, which is then what kills them."""
+TOLD_EVERY_S = 60.0
+
+Failed = tuple[int | None, Exception, str]
+"""The number of a unit, what it ended in, and where."""
 
 
 class Replica:
@@ -33,15 +40,21 @@ class Replica:
         self._work, self._scoring, self._stack = work, threading.Lock(), ExitStack()
         self._engine: Engine | None = None
 
-    def encoded(self, unit: Unit) -> EncodedUnit | tuple[int, Exception, str]:
-        """The unit's shard, or its number with the error that it ended in and the place of that."""
-        worker = f"a replica on {this_process()}"
+    def load(self) -> Failed | None:
+        """Load the teacher; the error that this ended in."""
+        try:
+            self._engine = self._stack.enter_context(self._work.open_engine())
+        except Exception as error:
+            return None, error, f"on {this_process()}: {traceback.format_exc()}"
+        return None
+
+    def encoded(self, unit: Unit) -> EncodedUnit | Failed:
+        """The unit's shard, or the error that it ended in."""
+        assert self._engine is not None
         try:
             with self._scoring:
-                if self._engine is None:
-                    self._engine = self._stack.enter_context(self._work.open_engine())
                 (positions,) = self._engine.score([unit.rows])
-            return self._work.encoded(unit, positions, worker)
+            return self._work.encoded(unit, positions, f"a replica on {this_process()}")
         except Exception as error:
             return unit.number, error, f"on {this_process()}: {traceback.format_exc()}"
 
@@ -53,42 +66,113 @@ def encoded_by_replicas(
 
     Raises:
         ConfigError: Ray is not installed, or has no room for one replica.
-        LogitferryError: a unit's replicas died again and again.
-        What scoring raises.
+        LogitferryError: replicas died over one unit again and again.
+        What loading and scoring raise.
     """
     try:
         import ray
-        from ray.exceptions import RayActorError
-        from ray.util import ActorPool
     except ImportError:
         raise ConfigError(
             "--launcher ray, but Ray is not installed", next_step="pip install 'logitferry[ray]'"
         ) from None
-    with closing(units), _connected(ray), _replicas(ray, work, settings) as replicas:
-        pool = ActorPool([replica for replica in replicas for _ in range(UNITS_IN_HAND)])
+    with closing(units), _connected(ray):
+        pool = _Pool(ray, work, settings, on_error)
+        try:
+            yield from pool.encoded(units)
+        finally:
+            pool.close()
 
-        def next_finished() -> EncodedUnit:
-            try:
-                found = pool.get_next_unordered()
-            except RayActorError as error:
-                raise LogitferryError(
-                    f"a replica died {RETRIES + 1} times over one unit: {str(error).strip().splitlines()[-1]}",
-                    next_step="look at its log for why (memory?), then run the same command again",
-                ) from error
-            if isinstance(found, EncodedUnit):
-                return found
+
+class _Pool:
+    """Replicas that load, and units that are at those which have loaded."""
+
+    def __init__(
+        self, ray: Any, work: UnitWork, settings: RaySettings, on_error: Callable[[int, str, Exception], None]
+    ) -> None:
+        self._ray, self._work, self._on_error = ray, work, on_error
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        needs = _needs(work, settings, ray.cluster_resources())
+        count = settings.replicas or _room_for(needs, nodes)
+        logger.info("%d replicas of the teacher, each with %s", count, _spelled(needs))
+        self._actor = ray.remote(Replica).options(
+            num_cpus=needs["CPU"],
+            num_gpus=needs.get("GPU", 0),
+            resources={name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")} or None,
+            max_concurrency=UNITS_IN_HAND,
+        )
+        self._replicas: list[Any] = []
+        self._loading: dict[Any, Any] = {}
+        self._running: dict[Any, tuple[Unit, Any]] = {}
+        self._free: list[Any] = []
+        self._again: deque[Unit] = deque()
+        self._deaths: Counter[int | None] = Counter()
+        for _ in range(count):
+            self._start()
+
+    def encoded(self, units: Iterator[Unit]) -> Iterator[EncodedUnit]:
+        told_s = time.monotonic()
+        while True:
+            while self._free and (unit := self._again.popleft() if self._again else next(units, None)) is not None:
+                replica = self._free.pop()
+                self._running[replica.encoded.remote(unit)] = unit, replica
+            if not self._running and not self._again and (self._free or not self._loading):
+                return
+            ready, _ = self._ray.wait([*self._running, *self._loading], num_returns=1, timeout=1.0)
+            if ready:
+                found = self._taken(ready[0])
+                if found is not None:
+                    yield found
+            if self._loading and time.monotonic() - told_s > TOLD_EVERY_S:
+                told_s = time.monotonic()
+                logger.info("%d replicas wait for room in the cluster, or load the teacher", len(self._loading))
+
+    def close(self) -> None:
+        for replica in self._replicas:
+            self._ray.kill(replica)
+
+    def _start(self) -> None:
+        replica = self._actor.remote(self._work)
+        self._replicas.append(replica)
+        self._loading[replica.load.remote()] = replica
+
+    def _taken(self, ready: Any) -> EncodedUnit | None:
+        """What a replica has finished, if it is a unit."""
+        from ray.exceptions import RayActorError
+
+        is_loaded = ready in self._loading
+        unit, replica = (None, self._loading.pop(ready)) if is_loaded else self._running.pop(ready)
+        try:
+            found: EncodedUnit | Failed | None = self._ray.get(ready)
+        except RayActorError as error:
+            self._lost(unit, replica, error)
+            return None
+        if isinstance(found, tuple):
             number, error, place = found
             if not isinstance(error, LogitferryError):
-                logger.warning("unit %d: %s", number, place)
-            on_error(number, place.split(":")[0], error)
+                logger.warning("a replica %s", place)
+            if number is not None:
+                self._on_error(number, place.split(":")[0], error)
             raise error
+        self._free += [replica] * (UNITS_IN_HAND if is_loaded else 1)
+        return found
 
-        for unit in units:
-            while not pool.has_free():
-                yield next_finished()
-            pool.submit(lambda replica, each: replica.encoded.remote(each), unit)
-        while pool.has_next():
-            yield next_finished()
+    def _lost(self, unit: Unit | None, replica: Any, error: Exception) -> None:
+        """Start another replica, once, and do its units again."""
+        number = None if unit is None else unit.number
+        self._deaths[number] += 1
+        if self._deaths[number] == DEATHS:
+            what = "while they loaded the teacher" if unit is None else f"over unit {number}"
+            raise LogitferryError(
+                f"{DEATHS} replicas died {what}: {str(error).strip().splitlines()[-1]}",
+                next_step="look at Ray's logs for why (memory?), then run the same command again",
+            ) from error
+        if unit is not None:
+            self._again.append(unit)
+        if replica in self._replicas:
+            logger.warning("a replica was lost; another one takes its place where there is room")
+            self._replicas.remove(replica)
+            self._free = [other for other in self._free if other is not replica]
+            self._start()
 
 
 @contextmanager
@@ -100,34 +184,13 @@ def _connected(ray: Any) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports home otherwise
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=True, **({} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}))
+        here = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
+        ray.init(log_to_driver=True, **here)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would end the process at once
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _replicas(ray: Any, work: UnitWork, settings: RaySettings) -> Iterator[list[Any]]:
-    needs = _needs(work, settings, ray.cluster_resources())
-    count = settings.replicas or _room_for(needs, ray.cluster_resources())
-    logger.info("%d replicas of the teacher, each with %s", count, _spelled(needs))
-    others = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
-    actor = ray.remote(Replica).options(
-        num_cpus=needs["CPU"],
-        num_gpus=needs.get("GPU", 0),
-        resources=others or None,
-        max_restarts=-1,
-        max_task_retries=RETRIES,
-        max_concurrency=UNITS_IN_HAND,
-    )
-    replicas = [actor.remote(work) for _ in range(count)]
-    try:
-        yield replicas
-    finally:
-        for replica in replicas:
-            ray.kill(replica)
 
 
 def _needs(work: UnitWork, settings: RaySettings, cluster: dict[str, float]) -> dict[str, float]:
@@ -139,12 +202,14 @@ def _needs(work: UnitWork, settings: RaySettings, cluster: dict[str, float]) -> 
     return {"CPU": settings.cpus, **({"GPU": gpus} if gpus else {}), **settings.resources}
 
 
-def _room_for(needs: dict[str, float], cluster: dict[str, float]) -> int:
-    count = min((int(cluster.get(name, 0) // amount) for name, amount in needs.items() if amount), default=1)
+def _room_for(needs: dict[str, float], nodes: Sequence[dict[str, float]]) -> int:
+    """How many replicas fit, each onto one node."""
+    wanted = {name: amount for name, amount in needs.items() if amount}
+    count = sum(min((int(node.get(name, 0) // amount) for name, amount in wanted.items()), default=1) for node in nodes)
     if count < 1:
+        have = "; ".join(_spelled({name: node.get(name, 0) for name in needs}) for node in nodes)
         raise ConfigError(
-            f"one replica takes {_spelled(needs)}, and the Ray cluster has "
-            + _spelled({name: cluster.get(name, 0) for name in needs}),
+            f"one replica takes {_spelled(needs)}, and the nodes of the Ray cluster have {have}",
             next_step="set ray.cpus, ray.gpus and ray.resources to what a node has, ray.replicas if more will come",
         )
     return count

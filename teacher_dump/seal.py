@@ -14,8 +14,6 @@ from shared.manifest import MANIFEST_NAME, UNSCORABLE_NAME, Event, Manifest, man
 from teacher_dump.ledger import UNSEALED_MANIFEST, Ledger, UnitRecord, Unscorable
 from teacher_dump.plan import Plan
 
-LEFT_BEHIND_S = 3600.0
-
 
 def seal(ledger: Ledger) -> Manifest | None:
     """The manifest of the dataset, written now or found there; None where units are left to do.
@@ -28,7 +26,8 @@ def seal(ledger: Ledger) -> Manifest | None:
         NonFiniteError: not one row could be scored.
     """
     output = ledger.output
-    plan, records, history = ledger.plan(), ledger.records(), _history(ledger)
+    plan, history = ledger.plan(), _history(ledger)
+    records = ledger.records(plan) if plan is not None else {}
     # After what is needed was read: who seals removes it, but not before there is a manifest.
     if (sealed := ledger.sealed()) is not None:
         ledger.clear()
@@ -73,15 +72,13 @@ def _write(
         output.write(path, content)
     output.write(MANIFEST_NAME, data)
     ledger.clear()
-    output.sweep("part-*", older_than_s=0)
-    output.sweep("*", older_than_s=LEFT_BEHIND_S)  # younger ones may be of somebody else who seals just now
     return manifest
 
 
 def unseal(ledger: Ledger, manifest: Manifest, plan: Plan) -> None:
     """Make a repaired dataset, some of whose shards are missing, the unfinished dump that it is.
 
-    On a crash it is a sealed dataset still, and this is done again.
+    On a crash it is a sealed dataset still, and this is done again.  Nothing happens where others did it meanwhile.
     """
     output = ledger.output
     present = {shard.path: shard for shard in manifest.shards}
@@ -93,11 +90,16 @@ def unseal(ledger: Ledger, manifest: Manifest, plan: Plan) -> None:
         if (path := shard_path(number)) not in manifest.missing:
             ledger.write_record(
                 UnitRecord(
-                    number=number, shard=present.get(path), unscorable=unscorable[number], worker="before the repair"
+                    number=number,
+                    plan=plan.identity,
+                    shard=present.get(path),
+                    unscorable=unscorable[number],
+                    worker="before the repair",
                 )
             )
-    output.write(UNSEALED_MANIFEST, output.read(MANIFEST_NAME))
-    output.remove(MANIFEST_NAME)
+    if ledger.sealed() == manifest:
+        output.write(UNSEALED_MANIFEST, manifest_bytes(manifest))
+        output.remove(MANIFEST_NAME)
 
 
 def require_same_units(manifest: Manifest, where: str, unit_records: int) -> None:

@@ -53,7 +53,8 @@ class Status:
 def status(ledger: Ledger, now: float | None = None) -> Status:
     """Raises ConfigError where no dump was begun; see also `Ledger`."""
     now = time.time() if now is None else now
-    plan, records, failures = ledger.plan(), ledger.records(), ledger.failures()
+    plan, failures = ledger.plan(), ledger.failures()
+    records = ledger.records(plan) if plan is not None else {}
     if (sealed := ledger.sealed()) is not None:  # after what sealing removes was read
         return _of_sealed(sealed)
     if plan is None:
@@ -141,5 +142,5 @@ def describe(found: Status, output: str) -> list[str]:
     if found.done == found.units:
         lines.append(f"  next: teacher-dump seal {output}")
     elif found.failed or not any(worker.at_work for worker in found.workers):
-        lines.append("  next: run the same `teacher-dump run` again, it goes on")
+        lines.append("  next: where no worker is at work, run the same `teacher-dump run` again: it goes on")
     return lines

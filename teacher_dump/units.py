@@ -1,16 +1,18 @@
 """Units of consecutive records: read and tokenized, scored by the teacher, and encoded as a shard."""
 
+import hashlib
 import logging
 import os
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 from shared.dataset import shard_path
-from shared.errors import NonFiniteError
+from shared.errors import MismatchError, NonFiniteError
 from shared.manifest import Teacher
 from shared.records import RecordReader
 from shared.rows import LogitRow, Positions, Row
@@ -36,19 +38,60 @@ class Unit:
     rows: list[Row]
 
 
-def read_units(reader: RecordReader, text: TextRows, plan: Plan, wanted: Collection[int]) -> Iterator[Unit]:
-    """The units of these numbers, in order; records of others are read, which is cheap, and not tokenized."""
-    records = reader.records()
+class UnitDigest:
+    """Tells whether the rows of a unit are what they were."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, row: Row) -> None:
+        for part in (
+            row.sample_id.encode(),
+            row.source.encode(),
+            row.input_ids_L.tobytes(),
+            row.label_mask_L.tobytes(),
+        ):
+            self._digest.update(len(part).to_bytes(8, "big") + part)
+
+    def text(self) -> str:
+        return self._digest.hexdigest()
+
+
+def read_units(
+    reader: RecordReader, text: TextRows, plan: Plan, wanted: Collection[int], stop: threading.Event
+) -> Iterator[Unit]:
+    """The units of these numbers, in order; records of others are read, not tokenized.  `stop` ends it at any record.
+
+    Raises:
+        MismatchError: a unit's rows are not those of the plan.
+    """
+    records = takewhile(lambda _: not stop.is_set(), reader.records())
     for number in range(max(wanted) + 1):
-        batch = list(islice(records, plan.unit_records))
-        if number in wanted:
-            yield Unit(number=number, num_records=len(batch), rows=list(text.rows(batch, Tally())))
+        batch = islice(records, plan.unit_records)
+        if number not in wanted:
+            deque(batch, maxlen=0)
+            continue
+        of_unit = list(batch)
+        rows, digest = list(text.rows(of_unit, Tally())), UnitDigest()
+        if stop.is_set():
+            return
+        for row in rows:
+            digest.add(row)
+        if digest.text() != plan.unit_digests[number]:
+            raise MismatchError(
+                f"unit {number}, from record {number * plan.unit_records} on: its rows are not those of the plan: the "
+                "input was changed since, or what tokenizes it",
+                next_step="put back what was changed and run again, or dump into another `output`",
+            )
+        yield Unit(number=number, num_records=len(of_unit), rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitWork:
     """All that it takes to turn units into shards, wherever that is done."""
 
+    plan: str
+    """Its identity."""
     teacher: TeacherSettings
     identity: Teacher
     rule: TopK | Threshold
@@ -60,6 +103,7 @@ class UnitWork:
     @staticmethod
     def of(settings: DumpSettings, plan: Plan, rule: TopK | Threshold) -> "UnitWork":
         return UnitWork(
+            plan=plan.identity,
             teacher=settings.teacher,
             identity=plan.contents.teacher,
             rule=rule,
@@ -96,7 +140,7 @@ class UnitWork:
         data, shard = None, None
         if rows:
             data, shard = encode_shard(rows, self.row_format, self.storage, shard_path(unit.number))
-        record = UnitRecord(number=unit.number, shard=shard, unscorable=unscorable, worker=worker)
+        record = UnitRecord(number=unit.number, plan=self.plan, shard=shard, unscorable=unscorable, worker=worker)
         return EncodedUnit(record=record, data=data, num_records=unit.num_records)
 
 
@@ -105,18 +149,23 @@ def scored_units(
 ) -> Iterator[tuple[Unit, list[Positions]]]:
     """What the teacher says of each unit; `on_error` is told which one it was at when it failed."""
     under_way: deque[Unit] = deque()
+    unread: list[Exception] = []
 
     def rows() -> Iterator[list[Row]]:
-        for unit in units:
-            under_way.append(unit)
-            yield unit.rows
+        try:
+            for unit in units:
+                under_way.append(unit)
+                yield unit.rows
+        except Exception as error:  # no fault of the unit that is being scored
+            unread.append(error)
+            raise
 
     with engine as opened, closing(units), closing(opened.score(rows())) as scored:
         while True:
             try:
                 positions = next(scored, None)
             except Exception as error:
-                if under_way:
+                if under_way and not unread:
                     on_error(under_way[0].number, error)
                 raise
             if positions is None:

@@ -7,6 +7,7 @@ from typing import Any
 from shared.dataset import LogitDataset
 from teacher_dump.config import DumpSettings
 from teacher_dump.dump import run_dump
+from teacher_dump.ledger import Ledger, UnitRecord
 
 TOPICS = ["a red fox", "two plus three", "the blue bird", "ten stories", "a fox and five birds", "what is once"]
 
@@ -57,3 +58,10 @@ def sealed_dump(settings: DumpSettings, **options: Any) -> LogitDataset:
     """Dump everything."""
     assert run_dump(settings, **options) is not None, "units are left to do"
     return LogitDataset.open(settings.output)
+
+
+def done_units(ledger: Ledger) -> dict[int, UnitRecord]:
+    """The records of the plan that is there."""
+    plan = ledger.plan()
+    assert plan is not None
+    return ledger.records(plan)

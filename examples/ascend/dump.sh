@@ -1,6 +1,7 @@
 #!/bin/bash
 # One worker on each NPU of this machine:  bash dump.sh dump.yaml [more options of teacher-dump run]
-# NODES and NODE share the units out over several machines that see the same output: NODES=4 NODE=0 bash dump.sh …
+# NODES and NODE share the units out over several machines that see the same output and have as many NPUs each:
+# NODES=4 NODE=0 bash dump.sh …
 set -u
 config="${1:?the config of the dump}"
 shift
@@ -14,7 +15,7 @@ local=0
 for device in $devices; do
     # Each sees its own NPU alone, so that `device: auto` takes it.
     ASCEND_RT_VISIBLE_DEVICES="$device" teacher-dump run "$config" \
-        --worker "$(( node * here + local ))/$(( nodes * here ))" "$@" > "dump-$node-$local.log" 2>&1 &
+        --worker "$(( node * here + local ))/$(( nodes * here ))" "$@" >> "dump-$node-$local.log" 2>&1 &
     workers+=("$!")
     local=$(( local + 1 ))
 done

@@ -8,6 +8,11 @@ shift
 stopped='' child=''
 trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' TERM INT
 
+pause() {
+    sleep "${PAUSE_S:-30}" &
+    wait "$!"
+}
+
 for (( attempt = 0; attempt <= ${RESTARTS:-3}; attempt++ )); do
     teacher-dump run "$config" --launcher ray "$@" &
     child=$!
@@ -17,6 +22,7 @@ for (( attempt = 0; attempt <= ${RESTARTS:-3}; attempt++ )); do
     # 2, 3 and 4 are errors of config, data and things that do not belong together: no other attempt mends them.
     case "$code" in 0 | 2 | 3 | 4 | 75) exit "$code" ;; esac
     echo "ended with $code; attempt $((attempt + 1)) failed" >&2
-    sleep "${PAUSE_S:-30}"
+    pause
+    [ -n "$stopped" ] && exit 75
 done
 exit "$code"

@@ -152,6 +152,17 @@ def test_ray_is_tried_again_after_failures_that_may_pass(codes: str, ended: int,
     assert lines == ["run dump.yaml --launcher ray --stop-after 1h"] * runs
 
 
+def test_ray_is_not_tried_again_when_told_to_stop_between_two_attempts(tmp_path: Path):
+    environment = put_on_path(tmp_path, {"teacher-dump": '#!/bin/bash\necho run >> "$CALLS/runs"\nexit 1\n'})
+    process = subprocess.Popen(["bash", EXAMPLES / "ray/run.sh", "dump.yaml"], env=environment | {"PAUSE_S": "60"})
+    while not (tmp_path / "calls/runs").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 75
+    assert (tmp_path / "calls/runs").read_text() == "run\n"
+
+
 def test_ray_is_not_tried_again_once_it_was_told_to_stop(tmp_path: Path):
     stand_in = "#!/bin/bash\ntrap 'exit 75' TERM\ntouch \"$CALLS/up\"\nwhile :; do sleep 0.05; done\n"
     environment = put_on_path(tmp_path, {"teacher-dump": stand_in})

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from shared.errors import ConfigError, OutputError
@@ -133,3 +134,36 @@ def test_errors_of_a_file_system_say_where(monkeypatch: pytest.MonkeyPatch):
     for attempt in attempts:
         with pytest.raises(OutputError, match=r"broken://out/a cannot be reached: the door is shut"):
             attempt()
+
+
+def test_errors_that_are_given_back_are_raised(tmp_path: Path):
+    """As earlier releases of fsspec do it when several files are read at once."""
+
+    class GivesBack(MemoryFileSystem):
+        def cat_ranges(self, *_arguments: object, **_options: object) -> list[object]:
+            return [b"one", ConnectionError("503")]
+
+    with pytest.raises(OutputError, match="out cannot be reached: 503"):
+        RemoteFolder(GivesBack(), "/out", "broken://out").read_all(["a", "b"])
+
+
+def test_folders_are_made_where_a_file_system_has_them(tmp_path: Path):
+    """As sftp does."""
+    folder = RemoteFolder(LocalFileSystem(auto_mkdir=False), str(tmp_path / "deep/out"), "sftp://host/deep/out")
+    folder.claim(OURS)
+    folder.write("data/a", b"x")
+    assert folder.files() == ["data/a"]
+    folder.remove("data")
+    assert folder.files() == []
+
+
+@pytest.mark.parametrize("name", [".probe-x1", ".writing-part.y", ".doctor-z", ".nfs0001"])
+def test_what_others_try_or_left_does_not_make_a_folder_theirs(tmp_path: Path, name: str):
+    (tmp_path / name).touch()
+    LocalFolder(tmp_path).claim(OURS)
+
+
+def test_a_file_is_no_folder(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file, not a folder"):
+        LocalFolder(tmp_path / "file").read(".work/plan")

@@ -14,7 +14,7 @@ from shared.dataset import LogitDataset
 from shared.errors import ConfigError, MismatchError, NonFiniteError, RecordError
 from shared.rows import LogitRow
 from shared.verification import verify
-from teacher_dump import transformers_engine
+from teacher_dump import dump, transformers_engine
 from teacher_dump.config import DumpSettings
 from teacher_dump.transformers_engine import TransformersEngine
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
@@ -287,21 +287,31 @@ def test_a_folder_that_is_not_ours_is_left_alone(teacher_folder: Path, chats: Pa
         sealed_dump(dump_settings(teacher_folder, chats, tmp_path / "thesis/README.md"))
 
 
-def test_input_that_grows_while_it_is_dumped_is_not_sealed(
-    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changed", [11, 12])
+def test_input_that_changes_while_it_is_dumped_is_found_before_it_is_scored(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: int
 ):
-    """The manifest would name a digest that no version of the file ever had."""
-    files = write_jsonl(tmp_path / "chats.jsonl", chat_records(10))
-    score = TransformersEngine.score
+    """A record more in the last unit, or another one there; what was planned before is scored, and nothing else."""
+    files = write_jsonl(tmp_path / "chats.jsonl", chat_records(11))
+    make_plan = dump.make_plan
 
-    def grow(self: Any, units: Any) -> Any:
-        write_jsonl(files, chat_records(12))
-        return score(self, units)
+    def change(*arguments: Any) -> Any:
+        plan = make_plan(*arguments)
+        records = chat_records(changed)
+        records[10]["messages"][-1]["content"] += "!" * (changed == 11)
+        write_jsonl(files, records)
+        return plan
 
-    monkeypatch.setattr(TransformersEngine, "score", grow)
-    with pytest.raises(MismatchError, match="changed while they were read"):
-        sealed_dump(dump_settings(teacher_folder, files, tmp_path / "out"))
+    monkeypatch.setattr(dump, "make_plan", change)
+    settings = dump_settings(teacher_folder, files, tmp_path / "out")
+    with pytest.raises(MismatchError, match="unit 1, from record 7 on: its rows are not those of the plan"):
+        sealed_dump(settings)
     assert not (tmp_path / "out/manifest.json").exists()
+    assert len(list((tmp_path / "out/data").iterdir())) <= 1
+    with pytest.raises(MismatchError, match=r"input\.files: was"):
+        sealed_dump(settings)
+    write_jsonl(files, chat_records(11))
+    assert sealed_dump(settings).manifest.total("rows") == 11
 
 
 def test_units_cannot_be_cut_anew_in_the_middle_of_a_dump(

@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from shared.dataset import LogitDataset
-from shared.errors import DamagedDataError, DamagedManifestError, MismatchError, OutputError
+from shared.errors import DamagedDataError, DamagedManifestError, DamagedShardError, MismatchError, OutputError
 from shared.folders import LocalFolder, open_folder
 from teacher_dump.dump import run_dump
 from teacher_dump.ledger import EncodedUnit, Ledger
 from teacher_dump.workers import Share
-from tests.data import dump_settings, sealed_dump
+from tests.data import done_units, dump_settings, sealed_dump
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def ledger_of(settings: Any) -> Ledger:
 
 def test_a_unit_is_done_when_shard_and_record_agree(begun: Any):
     ledger = ledger_of(begun)
-    records = ledger.records()
+    records = done_units(ledger)
     assert len(records) == 2
     assert ledger.intact(records.values()) == records
     first = min(records)
@@ -52,17 +53,69 @@ def test_a_damaged_record_is_told_and_its_unit_done_again(
 def test_of_two_workers_at_one_unit_the_first_commit_stays(begun: Any, caplog: pytest.LogCaptureFixture):
     """As where a requeued job begins while the old one still ends."""
     ledger = ledger_of(begun)
-    number, record = min(ledger.records().items())
+    number, record = min(done_units(ledger).items())
     before = Path(begun.output, record.shard.path).read_bytes()  # pyright: ignore[reportOptionalMemberAccess]
     ledger.commit(EncodedUnit(record=record.model_copy(update={"worker": "late"}), data=None, num_records=7))
     assert f"unit {number} was done by another worker meanwhile" in caplog.text
-    assert ledger.records()[number] == record
+    assert done_units(ledger)[number] == record
     assert Path(begun.output, record.shard.path).read_bytes() == before  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_shard_that_is_written_late_into_a_sealed_dataset_is_told(begun: Any, monkeypatch: pytest.MonkeyPatch):
+    """As by a worker whose upload stalled, while another one did the unit and sealed."""
+    ledger = ledger_of(begun)
+    record = next(each for each in done_units(ledger).values() if each.shard is not None)
+    data = pa.py_buffer(b"other digits")
+    assert record.shard is not None
+    other = record.model_copy(update={"shard": record.shard.model_copy(update={"sha256": "0" * 64})})
+    monkeypatch.setattr(ledger, "_is_done_by_others", lambda *_: False)  # when it looked, it was not
+    sealed_dump(begun, share=Share())
+    with pytest.raises(
+        DamagedShardError, match=r"was written late[^$]*next: logit-shards repair .*, then run the same"
+    ):
+        ledger.commit(EncodedUnit(record=other, data=data, num_records=7))
+
+
+def test_units_of_another_plan_are_not_taken_as_done(
+    begun: Any, sealed: LogitDataset, caplog: pytest.LogCaptureFixture
+):
+    """Two workers with unlike settings, who both saw no plan: the one whose plan is gone has worked for nothing."""
+    ledger = ledger_of(begun)
+    for record in done_units(ledger).values():
+        ledger.write_record(record.model_copy(update={"plan": "0" * 64}))
+    assert done_units(ledger) == {}
+    assert "2 units were done by another plan and are not taken as done" in caplog.text
+    assert sealed_dump(begun, share=Share()).manifest == sealed.manifest
+
+
+def test_plans_are_the_same_wherever_the_teacher_lies(begun: Any):
+    plan = ledger_of(begun).plan()
+    assert plan is not None
+    teacher = plan.contents.teacher.model_copy(update={"name": "/elsewhere"})
+    moved = plan.model_copy(update={"contents": plan.contents.model_copy(update={"teacher": teacher})})
+    assert moved.identity == plan.identity
+    assert plan.model_copy(update={"unit_records": 9}).identity != plan.identity
+
+
+def test_a_unit_whose_shard_is_damaged_is_no_longer_done_for_anybody(begun: Any, monkeypatch: pytest.MonkeyPatch):
+    """Else whoever finishes first would find it while it is done again."""
+    ledger = ledger_of(begun)
+    number, record = min(done_units(ledger).items())
+    assert record.shard is not None
+    (Path(begun.output) / record.shard.path).unlink()
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teacher_dump.dump._here", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_dump(begun, share=Share(0, 2))
+    assert number not in done_units(ledger)
 
 
 def test_a_straggler_does_not_touch_a_sealed_dataset(begun: Any):
     ledger = ledger_of(begun)
-    record = min(ledger.records().values(), key=lambda each: each.number)
+    record = min(done_units(ledger).values(), key=lambda each: each.number)
     sealed_dump(begun, share=Share())
     before = {path: path.read_bytes() for path in Path(begun.output).rglob("*") if path.is_file()}
     ledger.commit(EncodedUnit(record=record, data=None, num_records=7))
@@ -105,7 +158,7 @@ def test_a_tokenizer_that_was_damaged_since_is_refused(begun: Any):
 
 def test_a_failure_is_noted_and_of_no_account_once_the_unit_is_done(begun: Any):
     ledger = ledger_of(begun)
-    number = next(iter(set(range(4)) - ledger.records().keys()))
+    number = next(iter(set(range(4)) - done_units(ledger).keys()))
     ledger.fail(number, "1/2 on somewhere", ValueError("it broke"))
     assert ledger.failures()[number].error == "it broke"
     assert run_dump(begun, share=Share()) is not None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from shared.reseal import filter_rows, merge, repair
 from shared.verification import verify
 from teacher_dump.dump import run_dump
 from teacher_dump.ledger import Ledger
-from teacher_dump.seal import seal
+from teacher_dump.seal import seal, unseal
 from teacher_dump.workers import Share
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import make_model, make_tokenizer
@@ -122,7 +123,7 @@ def test_a_run_goes_by_the_plan_and_reads_no_text_twice(
     def refused(*_: Any) -> None:
         raise AssertionError("the input was surveyed again")
 
-    monkeypatch.setattr("teacher_dump.planning._survey", refused)
+    monkeypatch.setattr("teacher_dump.dump.make_plan", refused)
     assert run_dump(settings) == sealed.manifest
 
 
@@ -186,6 +187,15 @@ def test_rows_that_cannot_be_scored_stop_the_run_or_are_listed(
     assert verify(dataset, deep=True).faults == []
 
 
+def test_what_one_run_may_skip_another_may_not(blind_teacher: Path, chats: Path, tmp_path: Path):
+    settings = dump_settings(blind_teacher, chats, tmp_path / "out", on_unscorable="skip")
+    run_dump(settings, share=Share(0, 4))
+    run_dump(settings, share=Share(1, 4))
+    strict = dump_settings(blind_teacher, chats, tmp_path / "out")
+    with pytest.raises(NonFiniteError, match=r"row 'chat-1?5'"):
+        run_dump(strict)
+
+
 def test_what_could_not_be_scored_is_known_after_repair_merge_and_filter(
     blind_teacher: Path, chats: Path, tmp_path: Path
 ):
@@ -238,3 +248,92 @@ def test_a_repaired_dataset_is_finished_by_any_number_of_workers(
     assert ended[-1] is not None
     assert ended[-1].shards == sealed.manifest.shards
     assert [event.operation for event in ended[-1].history] == ["repair"]
+
+
+def test_a_late_worker_leaves_a_dataset_alone_that_others_have_completed(
+    sealed: LogitDataset, teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """After a repair; the others make the missing shard and seal while this one still reads."""
+    settings = dump_settings(teacher_folder, chats, tmp_path / "out")
+    whole = sealed_dump(settings)
+    (whole.folder / "data/part-00001.parquet").unlink()
+    repair(whole)
+    from teacher_dump import dump
+
+    make_plan = dump.make_plan
+
+    def slowly(*arguments: Any) -> Any:
+        monkeypatch.setattr(dump, "make_plan", make_plan)
+        assert run_dump(settings) is not None
+        return make_plan(*arguments)
+
+    monkeypatch.setattr(dump, "make_plan", slowly)
+    late = run_dump(settings)
+    assert late is not None
+    assert late.missing == []
+    assert late.shards == sealed.manifest.shards
+    assert not (whole.folder / ".logitferry").exists()
+
+
+def test_a_dataset_that_others_unseal_is_not_unsealed_twice(teacher_folder: Path, chats: Path, tmp_path: Path):
+    settings = dump_settings(teacher_folder, chats, tmp_path / "out")
+    whole = sealed_dump(settings)
+    (whole.folder / "data/part-00001.parquet").unlink()
+    repair(whole)
+    repaired = LogitDataset.open(whole.folder).manifest
+    assert run_dump(settings, share=Share(0, 1), plan_only=True) is None  # which unseals it
+    ledger = Ledger(open_folder(settings.output))
+    plan = ledger.plan()
+    assert plan is not None
+    unseal(ledger, repaired, plan)
+    assert sealed_dump(settings).manifest.missing == []
+
+
+def test_a_tokenizer_with_another_end_is_another_one(teacher_folder: Path, chats: Path, tmp_path: Path):
+    """Vocabulary and merges are the same, and with them the fingerprint."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, teacher)
+    run_dump(dump_settings(teacher, chats, tmp_path / "out"), share=Share(0, 2))
+    config = json.loads((teacher / "tokenizer_config.json").read_text())
+    (teacher / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+    with pytest.raises(MismatchError, match=r"input\.settings\.tokenizer_sha256: was"):
+        run_dump(dump_settings(teacher, chats, tmp_path / "out"), share=Share(1, 2))
+
+
+def test_a_template_may_lie_elsewhere_where_it_is_the_same(teacher_folder: Path, chats: Path, tmp_path: Path):
+    template = (teacher_folder / "chat_template.jinja").read_text()
+    for name in ("a.jinja", "b.jinja"):
+        (tmp_path / name).write_text(template)
+    run_dump(
+        dump_settings(teacher_folder, chats, tmp_path / "out", data__chat_template=str(tmp_path / "a.jinja")),
+        share=Share(0, 2),
+    )
+    settings = dump_settings(teacher_folder, chats, tmp_path / "out", data__chat_template=str(tmp_path / "b.jinja"))
+    assert run_dump(settings, share=Share(1, 2)) is not None
+
+
+def test_the_unit_that_an_engine_failed_at_is_noted(teacher_folder: Path, chats: Path, tmp_path: Path):
+    from contextlib import contextmanager
+
+    from teacher_dump.engines import open_engine
+
+    class Failing:
+        def __init__(self, engine: Any) -> None:
+            self._engine = engine
+
+        def score(self, units: Any) -> Any:
+            for number, positions in enumerate(self._engine.score(units)):
+                if number == 2:
+                    raise RuntimeError("the device fell off")
+                yield positions
+
+    @contextmanager
+    def load(*arguments: Any, **options: Any) -> Any:
+        with open_engine(*arguments, **options) as engine:
+            yield Failing(engine)
+
+    settings = dump_settings(teacher_folder, chats, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="fell off"):
+        run_dump(settings, load=load)
+    (failure,) = Ledger(open_folder(settings.output)).failures().values()
+    assert (failure.number, failure.error) == (2, "the device fell off")

@@ -8,17 +8,17 @@ import pytest
 from shared.errors import ConfigError
 from shared.folders import open_folder
 from teacher_dump.dump import run_dump
-from teacher_dump.ledger import Ledger
-from teacher_dump.status import describe, status
+from teacher_dump.ledger import Ledger, UnitRecord
+from teacher_dump.status import _workers, describe, status
 from teacher_dump.workers import Share
-from tests.data import dump_settings
+from tests.data import done_units, dump_settings
 
 NOW = 1_000_000.0
 
 
 def set_commits(ledger: Ledger, times: dict[int, tuple[str, float]]) -> None:
     """Say that units were committed by these workers at these times."""
-    for number, record in ledger.records().items():
+    for number, record in done_units(ledger).items():
         worker, time = times[number]
         ledger.write_record(record.model_copy(update={"worker": worker, "committed_at": time}))
 
@@ -33,7 +33,7 @@ def ledger(teacher_folder: Path, chats: Path, tmp_path: Path) -> Ledger:
 
 
 def test_pace_and_time_left_are_those_of_who_is_at_work(ledger: Ledger):
-    done = sorted(ledger.records())
+    done = sorted(done_units(ledger))
     assert len(done) == 4
     # One commits every 10 s; the other did every 20 s and stopped a day ago.
     set_commits(
@@ -61,24 +61,33 @@ def test_pace_and_time_left_are_those_of_who_is_at_work(ledger: Ledger):
 
 
 def test_a_pause_between_two_runs_does_not_count(ledger: Ledger):
-    done = sorted(ledger.records())
+    done = sorted(done_units(ledger))
     times = [NOW - 90000, NOW - 89990, NOW - 10, NOW]
     set_commits(ledger, {number: ("0/1 here", time) for number, time in zip(done, times, strict=True)})
     (worker,) = status(ledger, NOW).workers
     assert worker.unit_s == pytest.approx(10)
 
 
+def test_a_workers_pace_is_that_of_its_last_commits():
+    times = [NOW - 5000 + 100 * n for n in range(20)] + [NOW - 24 + 2 * n for n in range(13)]
+    records = [
+        UnitRecord(number=n, plan="p", shard=None, worker="0/1 here", committed_at=time) for n, time in enumerate(times)
+    ]
+    (worker,) = _workers(records, NOW)
+    assert worker.unit_s == pytest.approx(2)
+
+
 def test_where_nobody_is_at_work_no_time_is_promised(ledger: Ledger):
-    set_commits(ledger, dict.fromkeys(ledger.records(), ("0/1 here", NOW - 9999)))
+    set_commits(ledger, dict.fromkeys(done_units(ledger), ("0/1 here", NOW - 9999)))
     found = status(ledger, NOW)
     assert found.units_per_s is found.seconds_left is None
     told = "\n".join(describe(found, "out"))
     assert "no worker has committed two units, or none is at work" in told
-    assert told.endswith("next: run the same `teacher-dump run` again, it goes on")
+    assert told.endswith("next: where no worker is at work, run the same `teacher-dump run` again: it goes on")
 
 
 def test_a_unit_that_failed_is_named_until_it_is_done(ledger: Ledger):
-    left, done = min(set(range(6)) - ledger.records().keys()), min(ledger.records())
+    left, done = min(set(range(6)) - done_units(ledger).keys()), min(done_units(ledger))
     for number in (left, done):
         ledger.fail(number, "2/3 on sick", ValueError("row 'a': nan\nand more"))
     found = status(ledger, NOW)
