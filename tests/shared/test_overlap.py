@@ -165,3 +165,17 @@ def test_each_step_is_charged_for_its_own_time_alone():
     assert 0.15 < shares["text"] < 0.4
     assert 0.55 < shares["the teacher"] < 0.85
     assert watch.summary().startswith("text ")
+
+
+def test_what_takes_long_to_make_is_told_when_nobody_asks_any_more():
+    """So that an interruption need not wait for it."""
+    stop = threading.Event()
+
+    def slow() -> Iterator[int]:
+        yield 1
+        assert stop.wait(timeout=60), "nobody said so"
+
+    ahead = made_ahead(slow(), 2, stop)
+    assert next(iter(ahead)) == 1
+    ahead.close()  # type: ignore[attr-defined]
+    assert stop.is_set()

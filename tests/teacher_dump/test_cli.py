@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from shared.amounts import duration, seconds_of, size
+from shared.cli import run_command
 from shared.errors import ConfigError, LogitferryError
 from teacher_dump.cli import cli
 from tests.data import chat_records, dump_settings, write_jsonl
@@ -53,6 +55,16 @@ def test_ranks_come_from_the_environment(config: Path, invoke: Invoke, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 of 4 units" in invoke("run", config).output
     assert "sealed" in invoke("run", config, "--worker", "0/1").output
+
+
+def test_an_array_job_without_shares_is_warned(
+    config: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Under srun each task is the first of one."""
+    for name, value in (("SLURM_PROCID", "0"), ("SLURM_NTASKS", "1"), ("SLURM_ARRAY_TASK_COUNT", "8")):
+        monkeypatch.setenv(name, value)
+    assert invoke("run", config, "--plan-only").exit_code == 0
+    assert "this is one of 8 tasks of an array job and takes all units" in caplog.text
 
 
 def test_a_plan_alone(config: Path, invoke: Invoke, tmp_path: Path):
@@ -157,6 +169,47 @@ def test_out_of_time_is_an_interruption_and_the_next_run_goes_on(teacher_folder:
     shards = list((tmp_path / "out/data").glob("*"))
     assert len(shards) - len(records) in (0, 1)
     assert not list((tmp_path / "out").glob(".writing-*"))
+
+
+def test_an_error_that_an_interruption_causes_is_an_interruption(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Processes of a library get the same signal, and what they die of may be told first; it may also come twice."""
+
+    @click.command()
+    def command() -> None:
+        for _ in range(2):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)  # where the signal is taken
+            except KeyboardInterrupt:
+                continue
+        raise LogitferryError("the engine is gone")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(command)
+    assert ended.value.code == 75
+    assert capsys.readouterr().err == (
+        "error: the engine is gone\nstopped by SIGTERM\n  next: run the same command again\n"
+    )
+
+
+def test_a_second_sigterm_does_not_break_into_what_is_put_away(monkeypatch: pytest.MonkeyPatch):
+    taken: list[str] = []
+
+    @click.command()
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            taken.append("put away")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit):
+        run_command(command)
+    assert taken == ["put away"]
 
 
 @pytest.mark.parametrize("moment", ["reading", "loading"])

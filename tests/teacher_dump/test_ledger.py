@@ -181,3 +181,20 @@ def test_a_manifest_that_is_there_in_part_is_written_again_while_there_is_a_plan
     (Path(begun.output) / "manifest.json").write_bytes(b'{"format_version": 1,')
     with pytest.raises(DamagedManifestError):
         run_dump(begun, share=Share())
+
+
+def test_records_that_vanish_while_they_are_listed_are_of_a_sealed_dataset(begun: Any, monkeypatch: pytest.MonkeyPatch):
+    ledger = ledger_of(begun)
+    plan = ledger.plan()
+    assert plan is not None
+    files = ledger.output.files
+
+    def sealed_meanwhile(below: str) -> list[str]:
+        found = files(below)
+        monkeypatch.undo()
+        sealed_dump(begun, share=Share())
+        return found
+
+    monkeypatch.setattr(ledger.output, "files", sealed_meanwhile)
+    assert ledger.records(plan) == {}
+    assert ledger.sealed() is not None
