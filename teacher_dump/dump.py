@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, MismatchError
 from shared.folders import open_folder
 from shared.manifest import MANIFEST_NAME, Manifest
 from shared.overlap import Stopwatch, made_ahead, put_away
@@ -106,6 +106,12 @@ def run_dump(
             with progress("dump", min(len(todo) * plan.unit_records, plan.tally["records"]), "records") as ticker:
                 for unit in committed:
                     ticker.advance(unit.num_records)
+    if (now := ledger.plan()) is not None and now.identity != plan.identity:
+        raise MismatchError(
+            f"{output.name}: another worker, who planned at the same moment, has other settings; what this one did is "
+            "not taken as done",
+            next_step="give both the same settings, or one of them another `output`",
+        )
     return seal(ledger)
 
 

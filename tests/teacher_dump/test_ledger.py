@@ -1,6 +1,7 @@
 """What is committed: a unit is done when its shard is there and is what its record says, and not before."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from shared.dataset import LogitDataset
 from shared.errors import DamagedDataError, DamagedManifestError, DamagedShardError, MismatchError, OutputError
 from shared.folders import LocalFolder, open_folder
 from teacher_dump.dump import run_dump
+from teacher_dump.engines import open_engine
 from teacher_dump.ledger import EncodedUnit, Ledger
 from teacher_dump.workers import Share
 from tests.data import done_units, dump_settings, sealed_dump
@@ -198,3 +200,21 @@ def test_records_that_vanish_while_they_are_listed_are_of_a_sealed_dataset(begun
     monkeypatch.setattr(ledger.output, "files", sealed_meanwhile)
     assert ledger.records(plan) == {}
     assert ledger.sealed() is not None
+
+
+def test_who_loses_the_plan_to_another_worker_is_told(begun: Any):
+    """Nothing of what he did is in the dataset."""
+    path = Path(begun.output) / ".logitferry/plan.json"
+    plan = ledger_of(begun).plan()
+    assert plan is not None
+    other = plan.model_copy(update={"unit_digests": ["0" * 32, *plan.unit_digests[1:]]})
+
+    @contextmanager
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        path.write_text(other.model_dump_json(indent=1))
+        with open_engine(*arguments, **options) as engine:
+            yield engine
+
+    with pytest.raises(MismatchError, match="another worker, who planned at the same moment, has other settings"):
+        run_dump(begun, share=Share(1, 2), load=replaced)
+    assert not (Path(begun.output) / "manifest.json").exists()
