@@ -151,6 +151,7 @@ def start(*arguments: object, **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.cluster
 def test_out_of_time_is_an_interruption_and_the_next_run_goes_on(teacher_folder: Path, tmp_path: Path):
     """More work than fits; at whatever it is, it ends in seconds with what was committed whole."""
     files = write_jsonl(tmp_path / "chats.jsonl", chat_records(3000))
@@ -212,6 +213,7 @@ def test_a_second_sigterm_does_not_break_into_what_is_put_away(monkeypatch: pyte
     assert taken == ["put away"]
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("moment", ["reading", "loading"])
 def test_sigterm_ends_it_in_seconds_whatever_it_is_at(teacher_folder: Path, tmp_path: Path, moment: str):
     files = write_jsonl(tmp_path / "chats.jsonl", chat_records(20_000 if moment == "reading" else 20))
