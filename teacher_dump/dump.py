@@ -80,6 +80,7 @@ def run_dump(
             files = tokenizer_files(tokenizer)
             plan = make_plan(contents, settings.unit_records, reader, text, files)
             if (sealed := ledger.sealed()) is not None and not sealed.missing:  # by others, while this one read
+                contents.require_same_as(sealed, f"{output.name}/{MANIFEST_NAME}")
                 return sealed
             plan = ledger.commit_plan(plan, files)
         plan.require_same(contents, settings.unit_records, f"{output.name}: the plan")
@@ -112,7 +113,9 @@ def run_dump(
             "not taken as done",
             next_step="give both the same settings, or one of them another `output`",
         )
-    return seal(ledger)
+    if (sealed := seal(ledger)) is not None:  # maybe by that other worker
+        contents.require_same_as(sealed, f"{output.name}/{MANIFEST_NAME}")
+    return sealed
 
 
 def _done(ledger: Ledger, plan: Plan, share: Share, settings: DumpSettings) -> dict[int, UnitRecord]:

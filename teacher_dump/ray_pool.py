@@ -153,7 +153,8 @@ class _Pool:
             if number is not None:
                 self._on_error(number, place.split(":")[0], error)
             raise error
-        self._free += [replica] * (UNITS_IN_HAND if is_loaded else 1)
+        if replica in self._replicas:  # and not lost since
+            self._free += [replica] * (UNITS_IN_HAND if is_loaded else 1)
         return found
 
     def _lost(self, unit: Unit | None, replica: Any, error: Exception) -> None:

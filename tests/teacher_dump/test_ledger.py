@@ -1,6 +1,7 @@
 """What is committed: a unit is done when its shard is there and is what its record says, and not before."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from shared.dataset import LogitDataset
 from shared.errors import DamagedDataError, DamagedManifestError, DamagedShardError, MismatchError, OutputError
 from shared.folders import LocalFolder, open_folder
+from teacher_dump import dump
 from teacher_dump.dump import run_dump
 from teacher_dump.engines import open_engine
 from teacher_dump.ledger import EncodedUnit, Ledger
@@ -218,3 +220,23 @@ def test_who_loses_the_plan_to_another_worker_is_told(begun: Any):
     with pytest.raises(MismatchError, match="another worker, who planned at the same moment, has other settings"):
         run_dump(begun, share=Share(1, 2), load=replaced)
     assert not (Path(begun.output) / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("moment", ["make_plan", "seal"])
+def test_a_dataset_that_others_sealed_with_other_settings_is_not_ones_own(
+    teacher_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    """While this worker read its input, or scored its last unit."""
+    settings = dump_settings(teacher_folder, chats, tmp_path / "out")
+    run = getattr(dump, moment)
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(dump, moment, run)
+        found = run(*arguments) if moment == "make_plan" else None
+        shutil.rmtree(tmp_path / "out")
+        sealed_dump(dump_settings(teacher_folder, chats, tmp_path / "out", keep__k=5))
+        return run(*arguments) if found is None else found
+
+    monkeypatch.setattr(dump, moment, late)
+    with pytest.raises(MismatchError, match=r"keep\.k: was 5, is 8"):
+        run_dump(settings)
