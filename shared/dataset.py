@@ -9,13 +9,14 @@ from typing import Any
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from shared.dataset_cache import Origin
 from shared.errors import ConfigError, DamagedDataError, UnsealedDatasetError
 from shared.files import sha256_of_bytes, sha256_of_file, why_no_file
 from shared.fingerprint import tokenizer_fingerprint
-from shared.folders import LocalFolder, open_folder
+from shared.folders import Folder, LocalFolder, open_folder
 from shared.manifest import FINISH, MANIFEST_NAME, UNSEALED, Manifest, parse_manifest, read_manifest
 from shared.rows import LogitRow
-from shared.shard_reader import read_names, read_row_groups
+from shared.shard_reader import names_in, read_names, read_row_groups
 
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FOLDER = "data"
@@ -33,25 +34,55 @@ class LogitDataset:
 
     folder: Path
     manifest: Manifest
+    origin: Origin | None = None
+    """Where files that are not in the folder yet come from."""
 
     @staticmethod
-    def open(folder: str | Path) -> "LogitDataset":
+    def open(folder: str | Path, *, cache: Path | None = None) -> "LogitDataset":
         """Read the manifest; shards are verified when they are read.
 
+        Of a dataset at an fsspec URL each file is fetched when it is needed, and kept below `cache` on this machine.
+
         Raises:
-            ConfigError: it is a URL.
+            ConfigError: nothing is known of such URLs.
+            OutputError: a URL cannot be reached.
             UnsealedDatasetError, UnknownVersionError, DamagedDataError: see `read_manifest`.
         """
-        if "://" in str(folder):
+        remote = open_folder(str(folder))
+        if isinstance(remote, LocalFolder):
+            return LogitDataset(folder=remote.path, manifest=read_manifest(remote.path))
+        data = _read_manifest_at(remote)
+        manifest = parse_manifest(data, f"{remote.name}/{MANIFEST_NAME}")
+        origin = Origin.of(remote, data, cache)
+        for path, sha256 in manifest.files.items():
+            origin.provide(path, sha256)
+        return LogitDataset(folder=origin.local, manifest=manifest, origin=origin)
+
+    @staticmethod
+    def open_here(folder: str) -> "LogitDataset":
+        """As `open`, of a dataset that lies on this machine: for what reads or changes all of its files.
+
+        Raises:
+            ConfigError: it lies elsewhere.
+        """
+        if not isinstance(open_folder(folder), LocalFolder):
             raise ConfigError(
-                f"dataset {folder}: of a dataset at a URL only `logit-shards info` can be had",
-                next_step="copy it to this machine first, whole: its digests will be compared",
+                f"dataset {folder}: for this it has to be on this machine",
+                next_step="copy it here first, whole: its digests will be compared",
             )
-        return LogitDataset(folder=Path(folder), manifest=read_manifest(Path(folder)))
+        return LogitDataset.open(folder)
+
+    @property
+    def name(self) -> str:
+        """The path or URL that it was opened by."""
+        return self.origin.remote.name if self.origin else str(self.folder)
 
     def row_groups(self, index: int) -> Iterator[list[LogitRow]]:
         """The rows of one shard, verified, as many at a time as a row group holds; raises DamagedShardError."""
-        return read_row_groups(self.folder, self.manifest.shards[index], self.manifest.row_format)
+        shard = self.manifest.shards[index]
+        if self.origin is not None:
+            self.origin.provide(shard.path, shard.sha256)
+        return read_row_groups(self.folder, shard, self.manifest.row_format)
 
     def read_shard(self, index: int) -> list[LogitRow]:
         """All rows of one shard, verified; raises DamagedShardError."""
@@ -63,7 +94,11 @@ class LogitDataset:
         Raises:
             DamagedShardError: it is missing, or the columns cannot be read.
         """
-        return read_names(self.folder, self.manifest.shards[index])
+        shard = self.manifest.shards[index]
+        if self.origin is None or (self.folder / shard.path).is_file():
+            return read_names(self.folder, shard)
+        with self.origin.opened(shard.path) as file:
+            return names_in(pa.PythonFile(file, mode="r"), shard, f"{self.name}/{shard.path}")
 
     def sample_ids(self) -> list[list[str]]:
         """The ids of every shard's rows; see `names`."""
@@ -100,11 +135,15 @@ def read_info(url: str) -> dict[str, Any]:
     folder = open_folder(url)
     if isinstance(folder, LocalFolder):
         return LogitDataset.open(folder.path).info()
-    try:
-        data = folder.read(MANIFEST_NAME)
-    except FileNotFoundError:
-        raise UnsealedDatasetError(UNSEALED.format(url), next_step=FINISH) from None
+    data = _read_manifest_at(folder)
     return manifest_info(parse_manifest(data, f"{url}/{MANIFEST_NAME}"), sha256_of_bytes(data))
+
+
+def _read_manifest_at(folder: Folder) -> bytes:
+    try:
+        return folder.read(MANIFEST_NAME)
+    except FileNotFoundError:
+        raise UnsealedDatasetError(UNSEALED.format(folder.name), next_step=FINISH) from None
 
 
 def manifest_info(manifest: Manifest, identity: str) -> dict[str, Any]:

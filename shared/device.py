@@ -45,6 +45,16 @@ def compiles_every_shape(device: torch.device) -> bool:
     return device.type == "npu"
 
 
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor in memory that `device` fetches from by itself; as it is for the CPU, or where there is no such."""
+    if device.type == "cpu":
+        return tensor
+    try:
+        return tensor.pin_memory()
+    except (RuntimeError, NotImplementedError):
+        return tensor
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the CPU's allocator, had no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -80,3 +90,14 @@ def block_bytes(device: torch.device) -> int:
     device busy.
     """
     return (32 if device.type == "cpu" else 512) << 20
+
+
+def has_variable_length_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether transformers' `flash_attention_2` runs there: by flash-attn on CUDA, by CANN on Ascend; never in fp32."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if device.type == "npu":
+        return True
+    from transformers.utils.import_utils import is_flash_attn_2_available  # not needed to name a device
+
+    return device.type == "cuda" and is_flash_attn_2_available()

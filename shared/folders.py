@@ -13,7 +13,7 @@ import posixpath
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -62,6 +62,10 @@ class Folder(Protocol):
 
     def read(self, path: str) -> bytes:
         """Raises FileNotFoundError."""
+        ...
+
+    def opened(self, path: str) -> AbstractContextManager[BinaryIO]:
+        """A file to read parts of; raises FileNotFoundError."""
         ...
 
     def read_all(self, paths: Sequence[str]) -> list[bytes]:
@@ -120,6 +124,11 @@ class LocalFolder:
     def read(self, path: str) -> bytes:
         with self._told(path):
             return (self.path / path).read_bytes()
+
+    @contextmanager
+    def opened(self, path: str) -> Iterator[BinaryIO]:
+        with self._told(path), (self.path / path).open("rb") as file:
+            yield file
 
     def read_all(self, paths: Sequence[str]) -> list[bytes]:
         return [self.read(path) for path in paths]
@@ -210,6 +219,11 @@ class RemoteFolder:
     def read(self, path: str) -> bytes:
         with _told(self._where(path)):
             return self._fs.cat_file(self._at(path))
+
+    @contextmanager
+    def opened(self, path: str) -> Iterator[BinaryIO]:
+        with _told(self._where(path)), cast(BinaryIO, self._fs.open(self._at(path), "rb")) as file:
+            yield file
 
     def read_all(self, paths: Sequence[str]) -> list[bytes]:
         whole = [None] * len(paths)

@@ -45,7 +45,7 @@ def info_command(dataset: str, as_json: bool) -> None:
 @json_option
 def verify_command(dataset: str, deep: bool, as_json: bool) -> None:
     """Read every byte of DATASET and compare it with the manifest's digests and counts."""
-    opened = LogitDataset.open(dataset)
+    opened = LogitDataset.open_here(dataset)
     with progress("verify", len(opened.manifest.shards), "shards") as ticker:
         found = verify(opened, deep=deep, on_shard=ticker.advance)
     result = {
@@ -72,10 +72,10 @@ def repair_command(dataset: str, as_json: bool) -> None:
 
     Their files are moved to a folder beside the dataset.
     """
-    opened = LogitDataset.open(dataset)
+    opened = LogitDataset.open_here(dataset)
     with progress("verify", len(opened.manifest.shards), "shards") as ticker:
         damaged = repair(opened, ticker.advance)
-    manifest = LogitDataset.open(dataset).manifest
+    manifest = LogitDataset.open_here(dataset).manifest
     rows = manifest.total("rows")
     lines = [f"{dataset}: {len(damaged)} shards taken out, {rows:,} rows left", *(f"  {path}" for path in damaged)]
     if manifest.missing:
@@ -89,7 +89,7 @@ def repair_command(dataset: str, as_json: bool) -> None:
 @json_option
 def merge_command(datasets: tuple[str, ...], output: str, as_json: bool) -> None:
     """Join DATASETS of one teacher, tokenizer and setting; their shards are copied byte for byte."""
-    opened = [LogitDataset.open(folder) for folder in datasets]
+    opened = [LogitDataset.open_here(folder) for folder in datasets]
     with progress("merge", sum(len(dataset.manifest.shards) for dataset in opened), "shards") as ticker:
         merged = merge(opened, Path(output), ticker.advance)
     _emit_new(merged, as_json=as_json)
@@ -109,7 +109,7 @@ def filter_command(
     ids = _read_lines(Path(sample_ids)) if sample_ids else []
     if not ids and not sources:
         raise ConfigError("nothing is to be left out", next_step="give --source NAME or --sample-ids FILE")
-    opened = LogitDataset.open(dataset)
+    opened = LogitDataset.open_here(dataset)
     with progress("filter", len(opened.manifest.shards), "shards") as ticker:
         filtered = filter_rows(
             opened, Path(output), sample_ids=ids, sources=sources, reason=reason, on_shard=ticker.advance

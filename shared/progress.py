@@ -15,8 +15,8 @@ LINE_INTERVAL_S = 30.0
 class Ticker:
     """Counts units of work done and shows them."""
 
-    def __init__(self, label: str, total: int | None, unit: str) -> None:
-        self._label, self._total, self._unit = label, total, unit
+    def __init__(self, label: str, total: int | None, unit: str, *, shown: bool = True) -> None:
+        self._label, self._total, self._unit, self._shown = label, total, unit, shown
         self._done = 0
         self._start_s = self._last_line_s = time.monotonic()
         self._bar: Progress | None = None
@@ -26,7 +26,7 @@ class Ticker:
         self._done += amount
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._done, note=note)
-        elif (now := time.monotonic()) - self._last_line_s >= LINE_INTERVAL_S:
+        elif self._shown and (now := time.monotonic()) - self._last_line_s >= LINE_INTERVAL_S:
             self._last_line_s = now
             rate = self._done / (now - self._start_s)
             line = f"{self._label}: {self._done}{self._of_total(rate)}"
@@ -59,10 +59,10 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(label: str, total: int | None, unit: str) -> Iterator[Ticker]:
+def progress(label: str, total: int | None, unit: str, *, shown: bool = True) -> Iterator[Ticker]:
     """A ticker for the length of a `with` block; `total` is None where nobody knows it beforehand."""
-    ticker = Ticker(label, total, unit)
-    if sys.stderr.isatty():
+    ticker = Ticker(label, total, unit, shown=shown)
+    if shown and sys.stderr.isatty():
         with ticker._show_bar():
             yield ticker
     else:

@@ -125,6 +125,10 @@ class Positions:
             tail_logsum_PT=tail_PT.astype(np.float32),
         )
 
+    def at_temperature(self, index: int) -> "Positions":
+        """With the tail of one declared temperature alone."""
+        return replace(self, tail_logsum_PT=self.tail_logsum_PT[:, index : index + 1])
+
     def split(self, num_positions: Sequence[int]) -> "list[Positions]":
         """Cut into runs of so many positions, in order; views, not copies."""
         ends_P = np.concatenate([[0], np.cumsum(self.kept_counts_P, dtype=np.int64)])
@@ -153,6 +157,15 @@ class LogitRow(Row):
     """A row together with the teacher's positions; refuses any count but one per supervised token."""
 
     teacher: Positions
+
+    def without_teacher(self) -> Row:
+        """The sample alone."""
+        return Row(
+            sample_id=self.sample_id,
+            source=self.source,
+            input_ids_L=self.input_ids_L,
+            label_mask_L=self.label_mask_L,
+        )
 
     def cut(self, num_tokens: int) -> Self:
         """The first so many tokens, and what the teacher said at their positions."""

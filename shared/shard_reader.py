@@ -78,22 +78,32 @@ def read_names(folder: Path, shard: Shard) -> pa.Table:
     """
     path = folder / shard.path
     with _next_step(folder):
+        _check_file(folder, shard)
         try:
-            _check_file(folder, shard)
             with pa.OSFile(str(path)) as source:
-                headers = read_headers(source, NAMES, str(path), is_whole=False)
-                if headers.num_rows != shard.rows:
-                    raise DamagedShardError(
-                        f"{path}: the manifest says {shard.rows} rows, the file holds {headers.num_rows}"
-                    )
-                _check_strings(source, headers, str(path))
-                with open_parquet(source, str(path)) as file:
-                    table = file.read(columns=NAMES.names)
-            table.validate(full=True)  # are they UTF-8?
+                return names_in(source, shard, str(path))
         except DamagedShardError:
             raise
         except UNREADABLE as error:
             raise DamagedShardError(f"{path}: cannot be read: {_first_line(error)}") from None
+
+
+def names_in(source: pa.NativeFile, shard: Shard, where: str) -> pa.Table:
+    """The same of an open file, of which only the footer, the headers and these columns are read.
+
+    Raises:
+        DamagedShardError: the columns cannot be read.
+    """
+    headers = read_headers(source, NAMES, where, is_whole=False)
+    if headers.num_rows != shard.rows:
+        raise DamagedShardError(f"{where}: the manifest says {shard.rows} rows, the file holds {headers.num_rows}")
+    _check_strings(source, headers, where)
+    try:
+        with open_parquet(source, where) as file:
+            table = file.read(columns=NAMES.names)
+        table.validate(full=True)  # are they UTF-8?
+    except UNREADABLE as error:
+        raise DamagedShardError(f"{where}: cannot be read: {_first_line(error)}") from None
     return table
 
 

@@ -20,34 +20,26 @@ KEPT_MULTIPLE = 16
 """K is a multiple of it, so that a device which compiles for shapes meets few."""
 
 
-def targets_of(
-    rows: Sequence[Row], objective: Objective, *, temperature_index: int | None, vocab_size: int, device: torch.device
-) -> Targets:
-    """Targets of the rows' positions, one after the other, each with weight 1.
+def targets_of(rows: Sequence[Row], objective: Objective, *, vocab_size: int) -> Targets:
+    """Targets of the rows' positions, one after the other, each with weight 1, on the CPU.
 
-    `temperature_index` is the place of the objective's temperature among those that the dataset declares; None leaves
-    the teacher out, and then rows without one will do.  `vocab_size` is the student's.
+    Rows have a teacher, all of them, with the tail at the objective's temperature alone; or none of them has one.
+    `vocab_size` is the student's.
 
     Raises:
         MismatchError: a position has an empty tail where the divergence is infinite then.
     """
     labels_N = np.concatenate([row.label_ids_P for row in rows])
     weights_N = np.ones(len(labels_N), dtype=np.float32)
-    if temperature_index is None:
-        return make_targets(labels_N, weights_N, None, vocab_size=vocab_size).to(device)
     teachers = [row.teacher for row in rows if isinstance(row, LogitRow)]
+    if not teachers:
+        return make_targets(labels_N, weights_N, None, vocab_size=vocab_size)
     assert len(teachers) == len(rows), "a row without a teacher in a batch that is to be distilled"
     teacher = Positions.concatenate(teachers)
+    assert teacher.tail_logsum_PT.shape[1] <= 1, "whose temperatures are not settled"
     if objective.divergence == "reverse_kl":
-        _require_tails(rows, teacher, temperature_index, vocab_size)
-    return make_targets(
-        labels_N,
-        weights_N,
-        teacher,
-        temperature=objective.temperature,
-        temperature_index=temperature_index,
-        vocab_size=vocab_size,
-    ).to(device)
+        _require_tails(rows, teacher, vocab_size)
+    return make_targets(labels_N, weights_N, teacher, temperature=objective.temperature, vocab_size=vocab_size)
 
 
 def make_targets(
@@ -127,9 +119,9 @@ def _check_kept(teacher: Positions, vocab_size: int) -> None:
     _require_each(is_new_E, "each kept id once", ids_E, position_E)
 
 
-def _require_tails(rows: Sequence[Row], teacher: Positions, temperature_index: int, vocab_size: int) -> None:
+def _require_tails(rows: Sequence[Row], teacher: Positions, vocab_size: int) -> None:
     """Reverse KL asks log p of wherever the student has mass."""
-    is_infinite_N = np.isneginf(teacher.tail_logsum_PT[:, temperature_index]) & (teacher.kept_counts_P < vocab_size)
+    is_infinite_N = np.isneginf(teacher.tail_logsum_PT[:, 0]) & (teacher.kept_counts_P < vocab_size)
     if not is_infinite_N.any():
         return
     position = int(is_infinite_N.argmax())

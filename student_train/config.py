@@ -9,29 +9,55 @@ from shared.models_config import ModelSettings
 from shared.text_config import TextSettings
 from student_train.objective import DivergenceName, Objective
 
+AttentionName = Literal["auto", "varlen", "flash_attention_2", "sdpa", "eager"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class StudentSettings(ModelSettings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights.  AdamW in bfloat16 loses small updates; use it to fit a device, not by default."""
+    attention: AttentionName = "auto"
+    """What keeps packed rows apart; auto takes the quickest that does so in this model on this device."""
 
 
-class DataSettings(Settings):
+class SourceSettings(Settings):
     dataset: str | None = None
-    """A sealed logit dataset."""
+    """A sealed logit dataset: a folder or an fsspec URL."""
     text: TextSettings | None = None
     """Text files, for plain SFT without a teacher."""
     on_too_long: Literal["error", "drop", "truncate"] = "error"
     """What becomes of a dataset's rows that exceed the student's context; text has a setting of its own."""
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "DataSettings":
-        if (self.dataset is None) == (self.text is None):
+    def _one_source(self) -> "SourceSettings":
+        named = [name for name in ("dataset", "text", "mix") if getattr(self, name, None)]
+        if len(named) != 1:
             raise ValueError("name a dataset or text, one of the two")
-        if self.text is not None and self.on_too_long != "error":
+        if self.dataset is None and self.on_too_long != "error":
             raise ValueError("on_too_long is for a dataset's rows; for text say text.on_too_long")
         return self
+
+
+class MixedSettings(SourceSettings):
+    weight: float | None = Field(default=None, gt=0.0)
+    """Its share of the rows of every step, up to a factor; for all of the mix or for none."""
+
+
+class DataSettings(SourceSettings):
+    mix: list[MixedSettings] = []
+    """Several datasets, or several texts; without weights each row comes equally often."""
+    cache: str | None = None
+    """Folder on this machine for what is fetched from URLs; null takes ~/.cache/logitferry/datasets."""
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self) -> "DataSettings":
+        if len({each.weight is None for each in self.mix}) > 1:
+            raise ValueError("mix: give every source a weight, or none")
+        return self
+
+    def sources(self) -> "list[SourceSettings]":
+        """What rows come from: one source, or those of the mix."""
+        return list(self.mix) or [self]
 
 
 class HeldOutSettings(Settings):
@@ -107,6 +133,14 @@ class OptimizerSettings(Settings):
     max_grad_norm: float = Field(default=1.0, gt=0.0)
 
 
+class CheckpointSettings(Settings):
+    every_steps: int | None = Field(default=None, ge=1)
+    every_minutes: float | None = Field(default=15.0, gt=0.0)
+    """Whichever is first; null for neither.  SIGTERM, Ctrl-C and --stop-after always write one."""
+    keep: int = Field(default=2, ge=1)
+    """The last so many."""
+
+
 class TrainSettings(Settings):
     student: StudentSettings
     data: DataSettings
@@ -122,17 +156,28 @@ class TrainSettings(Settings):
     """Rows of one optimizer step, over all its forward passes."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens of one forward pass, padding included.  Changes memory and speed, not the gradient."""
-    shuffle_blocks: int = Field(default=8, ge=1)
-    """Shards whose rows are shuffled among each other; so many are in memory at once."""
+    packing: bool = True
+    """Put rows one behind the other, instead of side by side with padding; changes speed, not the gradient."""
+    static_shapes: bool | None = None
+    """Fill every forward pass up to one shape; null does so on Ascend, where every new shape is compiled."""
+    shuffle_blocks: int = Field(default=16, ge=1)
+    """Shards that the rows of a batch are drawn from; so many of each dataset are in memory at once."""
+    loader_threads: int = Field(default=2, ge=1)
+    """That read and decode shards while the student computes."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between looks at the held-out rows; always at the start and the end."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     device: str = "auto"
+    deterministic: bool = False
+    """Have torch use algorithms that give the same bits every time; slower, and an error where there is none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
+        if self.static_shapes and not self.packing:
+            raise ValueError("static_shapes fills packed lines up, and needs packing")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give epochs or steps, one of the two")
-        if self.loss.kd_weight and self.data.dataset is None:
+        if self.loss.kd_weight and any(source.dataset is None for source in self.data.sources()):
             raise ValueError("loss.kd_weight above 0 needs data.dataset; plain SFT on text has kd_weight: 0")
         return self

@@ -60,7 +60,7 @@ def fused_linear_loss(
 ) -> LossSums:
     """The objective over N positions, divided by `denominator`: Σ c over all accumulation steps of all ranks.
 
-    Where gradients of ranks are averaged and not summed, pass `ranks.mean_over_ranks` of Σ c instead.
+    Where gradients of ranks are averaged and not summed, pass the mean over ranks of Σ c instead.
     Differentiable once, with respect to the hidden states and to the head's weight and bias, sharded or not; what is
     frozen costs nothing.  `chunk_positions` are the positions whose logits live at once; None takes what fits into
     320 MiB, 256 to 2048.

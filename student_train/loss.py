@@ -55,17 +55,18 @@ class Targets:
         return self.kept_ids_NK.shape[1]
 
     def __getitem__(self, rows: slice) -> "Targets":
-        return self._each(lambda tensor: tensor[rows])
+        return self.each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> "Targets":
-        return self._each(lambda tensor: tensor.to(device))
+        return self.each(lambda tensor: tensor.to(device))
 
     def padded(self, num_rows: int) -> "Targets":
         """With positions of weight 0 at the end, that keep nothing and have all their mass in the tail."""
         missing = num_rows - len(self.label_N)
-        return self._each(lambda tensor: F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, missing))) if missing else self
+        return self.each(lambda tensor: F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, missing))) if missing else self
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        """With every tensor changed alike."""
         tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 

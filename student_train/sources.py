@@ -1,4 +1,4 @@
-"""Where the student's rows come from: a sealed dataset, or text files for plain SFT.
+"""Where the student's rows come from: sealed datasets, or text files for plain SFT.
 
 Rows lie in blocks: the shards of a dataset, or equally long runs of text records.  Opening a source checks all that
 can be checked before training starts: tokenizer, vocabulary, context, and that there are rows.
@@ -7,33 +7,45 @@ can be checked before training starts: tokenizer, vocabulary, context, and that 
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from shared.dataset import LogitDataset
 from shared.errors import DamagedDataError, MismatchError
-from shared.fingerprint import require_same_tokenizer
+from shared.fingerprint import RowsDigest, require_same_tokenizer
 from shared.manifest import losses_line
 from shared.progress import progress
 from shared.records import RecordReader
 from shared.rows import LogitRow, Row, fitted
 from shared.text_config import TextSettings
 from shared.text_rows import Tally, TextRows
-from student_train.config import DataSettings
+from student_train.config import SourceSettings
 
 logger = logging.getLogger("logitferry")
 
 TEXT_BLOCK_RECORDS = 512  # the default unit of a dump, so that text and its dataset are shuffled alike
+READERS = 16  # of sample ids, which from afar are mostly waited for
 
 
 class Source(Protocol):
     """Rows in blocks.  Ids are known without reading the rows."""
 
     @property
-    def sample_ids(self) -> Sequence[Sequence[str]]: ...
+    def sample_ids(self) -> Sequence[pa.StringArray]:
+        """Of each block."""
+        ...
+
+    @property
+    def longest_row(self) -> int:
+        """In tokens; no row is longer."""
+        ...
 
     @property
     def temperatures(self) -> Sequence[float]:
@@ -45,10 +57,18 @@ class Source(Protocol):
         """Are the teacher's kept ids a sample with weights?"""
         ...
 
+    def at(self, temperature: float | None) -> "Source":
+        """With the teacher at one of its temperatures, or without it."""
+        ...
+
     def read_block(self, index: int) -> Sequence[Row]: ...
 
     def identity(self) -> dict[str, Any]:
-        """What a run trained on, for its record."""
+        """Equal where blocks, rows and what is said of them are equal."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What a run trained on, for people."""
         ...
 
 
@@ -61,8 +81,10 @@ class DatasetSource:
     """
 
     dataset: LogitDataset
-    sample_ids: list[list[str]]
+    sample_ids: list[pa.StringArray]
     vocab_size: int
+    temperature: float | None = 1.0
+    """That the teacher's tails are read at; None leaves the teacher out."""
     context_tokens: int | None = None
     """Longer rows are cut, or left out; None where there are none."""
     truncate: bool = False
@@ -77,12 +99,26 @@ class DatasetSource:
     def is_sampled(self) -> bool:
         return not self.dataset.manifest.row_format.has_tails
 
+    @property
+    def longest_row(self) -> int:
+        longest = max((shard.longest_row for shard in self.dataset.manifest.shards), default=0)
+        return longest if self.context_tokens is None else min(longest, self.context_tokens)
+
+    def at(self, temperature: float | None) -> "DatasetSource":
+        return replace(self, temperature=temperature)
+
     def read_block(self, index: int) -> Sequence[Row]:
-        rows = [row for row, _ in self.fitted_block(index) if row is not None]
-        if self.vocab_size >= self.dataset.manifest.vocab_size:
-            return rows
-        tails = self.dataset.manifest.row_format.tail_temperatures
-        return [replace(row, teacher=row.teacher.folded(self.vocab_size, tails)) for row in rows]
+        return [self._read(row) for row, _ in self.fitted_block(index) if row is not None]
+
+    def _read(self, row: LogitRow) -> Row:
+        if self.temperature is None:
+            return row.without_teacher()
+        teacher, manifest = row.teacher, self.dataset.manifest
+        if self.vocab_size < manifest.vocab_size:
+            teacher = teacher.folded(self.vocab_size, manifest.row_format.tail_temperatures)
+        if not self.is_sampled:
+            teacher = teacher.at_temperature(manifest.temperatures.index(self.temperature))
+        return replace(row, teacher=teacher)
 
     def fitted_block(self, index: int) -> list[tuple[LogitRow | None, str | None]]:
         """Every row of a block, or none where it does not fit, with the count that it goes under."""
@@ -92,11 +128,11 @@ class DatasetSource:
         return [fitted(row, self.context_tokens, truncate=self.truncate) for row in rows]
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "dataset": str(self.dataset.folder),
-            "manifest_sha256": self.dataset.identity(),
-            "tally": self.tally,
-        }
+        cut = {} if self.context_tokens is None else {"context_tokens": self.context_tokens, "truncate": self.truncate}
+        return {"manifest_sha256": self.dataset.identity(), **cut}
+
+    def record(self) -> dict[str, Any]:
+        return {"dataset": self.dataset.name, **self.identity(), "tally": self.tally}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,19 +141,39 @@ class TextSource:
 
     files: list[str]
     blocks: list[list[Row]]
-    sample_ids: list[list[str]]
     tally: Tally
     temperatures: tuple[float, ...] = ()
     is_sampled: bool = False
+
+    @property
+    def sample_ids(self) -> list[pa.StringArray]:
+        return [pa.array([row.sample_id for row in block], pa.string()) for block in self.blocks]
+
+    @property
+    def longest_row(self) -> int:
+        return max(row.num_tokens for block in self.blocks for row in block)
+
+    def at(self, temperature: float | None) -> "TextSource":
+        assert temperature is None, "text has no teacher"
+        return self
 
     def read_block(self, index: int) -> Sequence[Row]:
         return self.blocks[index]
 
     def identity(self) -> dict[str, Any]:
-        return {"files": self.files, "tally": asdict(self.tally)}
+        digest = RowsDigest()
+        for block in self.blocks:
+            for row in block:
+                digest.add(row)
+        return {"rows_digest": digest.text()}
+
+    def record(self) -> dict[str, Any]:
+        return {"files": self.files, **self.identity(), "tally": asdict(self.tally)}
 
 
-def open_source(settings: DataSettings, tokenizer: Any, *, vocab_size: int, context_tokens: int | None) -> Source:
+def open_source(
+    settings: SourceSettings, tokenizer: Any, *, vocab_size: int, context_tokens: int | None, cache: str | None = None
+) -> Source:
     """The rows that a config names, checked against the student.
 
     Raises:
@@ -132,9 +188,15 @@ def open_source(settings: DataSettings, tokenizer: Any, *, vocab_size: int, cont
             next_step=f"resize the student: model.resize_token_embeddings({num_tokens})",
         )
     if settings.dataset is not None:
-        return _open_dataset(settings, tokenizer.backend_tokenizer, vocab_size, context_tokens)
+        dataset = open_dataset(settings.dataset, cache)
+        return _checked(dataset, settings, tokenizer.backend_tokenizer, vocab_size, context_tokens)
     assert settings.text is not None
     return _read_text(settings.text, tokenizer, context_tokens)
+
+
+def open_dataset(name: str, cache: str | None) -> LogitDataset:
+    """A dataset at a path or URL; see `LogitDataset.open`."""
+    return LogitDataset.open(name, cache=None if cache is None else Path(cache))
 
 
 def _read_text(settings: TextSettings, tokenizer: Any, context_tokens: int | None) -> TextSource:
@@ -146,34 +208,26 @@ def _read_text(settings: TextSettings, tokenizer: Any, context_tokens: int | Non
             ticker.advance(len(blocks[-1]))
     logger.info("read: %s", tally.summary())
     tally.require_rows()
-    return TextSource(
-        files=[file.name for file in reader.files],
-        blocks=blocks,
-        sample_ids=[[row.sample_id for row in block] for block in blocks],
-        tally=tally,
-    )
+    return TextSource(files=[file.name for file in reader.files], blocks=blocks, tally=tally)
 
 
-def _open_dataset(
-    settings: DataSettings, tokenizer: Tokenizer, vocab_size: int, context_tokens: int | None
+def _checked(
+    dataset: LogitDataset, settings: SourceSettings, tokenizer: Tokenizer, vocab_size: int, context_tokens: int | None
 ) -> DatasetSource:
-    folder = str(settings.dataset)
-    dataset = LogitDataset.open(folder)
-    if dataset.manifest.missing:
-        logger.warning("%s: %d damaged shards were taken out of it", folder, len(dataset.manifest.missing))
-    require_same_tokenizer(
-        dataset.tokenizer(), tokenizer, expected_name=f"the dataset {folder}", got_name="the student"
-    )
-    sample_ids = dataset.sample_ids()
-    repeated = [name for name, count in Counter(chain(*sample_ids)).items() if count > 1]
-    if repeated:
-        raise DamagedDataError(f"{folder}: {len(repeated)} sample ids come more than once, first {repeated[0]!r}")
-    longest = max((shard.longest_row for shard in dataset.manifest.shards), default=0)
+    manifest, name = dataset.manifest, dataset.name
+    if manifest.missing:
+        logger.warning("%s: %d damaged shards were taken out of it", name, len(manifest.missing))
+    require_same_tokenizer(dataset.tokenizer(), tokenizer, expected_name=f"the dataset {name}", got_name="the student")
+    with ThreadPoolExecutor(READERS if dataset.origin else 1) as readers:
+        tables = list(readers.map(dataset.names, range(len(manifest.shards))))
+    sample_ids = [table["sample_id"].combine_chunks() for table in tables]
+    _require_unique(pa.chunked_array(sample_ids, pa.string()), name)
+    longest = max((shard.longest_row for shard in manifest.shards), default=0)
     if context_tokens is None or longest <= context_tokens:
         return DatasetSource(dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size)
     if settings.on_too_long == "error":
         raise MismatchError(
-            f"the student's context is {context_tokens}, but {folder} has a row of {longest} tokens",
+            f"the student's context is {context_tokens}, but {name} has a row of {longest} tokens",
             next_step="set data.on_too_long: drop or truncate, which count such rows",
         )
     truncate = settings.on_too_long == "truncate"
@@ -181,10 +235,17 @@ def _open_dataset(
         dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size, context_tokens=context_tokens, truncate=truncate
     )
     fates: Counter[str] = Counter()
-    for index, shard in enumerate(dataset.manifest.shards):
+    for index, shard in enumerate(manifest.shards):
         if shard.longest_row > context_tokens:
             block = source.fitted_block(index)
-            sample_ids[index] = [row.sample_id for row, _ in block if row is not None]
+            sample_ids[index] = pa.array([row.sample_id for row, _ in block if row is not None], pa.string())
             fates.update(fate for _, fate in block if fate is not None)
-    logger.info("%s: rows longer than %d tokens%s", folder, context_tokens, losses_line(fates))
+    logger.info("%s: rows longer than %d tokens%s", name, context_tokens, losses_line(fates))
     return replace(source, tally=dict(fates))
+
+
+def _require_unique(sample_ids: pa.ChunkedArray, name: str) -> None:
+    num_repeats = len(sample_ids) - pc.call_function("count_distinct", [sample_ids]).as_py()
+    if num_repeats:
+        first = next(each["values"] for each in sample_ids.value_counts().to_pylist() if each["counts"] > 1)
+        raise DamagedDataError(f"{name}: {num_repeats} sample ids come again, first {first!r}")

@@ -1,13 +1,17 @@
 """Phase 2: the student learns from labels and, where there is a dataset, from what the teacher said.
 
-A step is `rows_per_step` rows, cut into forward passes of at most `batch_tokens` tokens.  Every pass divides by
-the supervised tokens of the whole step, so the gradient does not depend on how the step was cut.
+A step is `rows_per_step` rows, cut into forward passes of at most `batch_tokens` tokens, of one rank or several.  Every
+pass divides by the supervised tokens of the whole step, so the gradient does not depend on how the step was cut.
+
+A run that is interrupted leaves a checkpoint, and goes on from the newest one when it is run again: with the same rows
+in the same order, whatever the number of ranks.
 """
 
 import json
+import logging
 import math
+import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,24 +21,27 @@ import transformers
 from torch import nn
 
 from shared.config import load_settings, settings_yaml
-from shared.dataset import LogitDataset
 from shared.device import pick_device
-from shared.errors import ConfigError, MismatchError, NonFiniteError
+from shared.errors import ConfigError, LogitferryError, MismatchError, NonFiniteError, OutputError
 from shared.files import claim_folder, write_atomically
-from shared.progress import progress
-from shared.rows import Row
+from shared.interruption import Interruption, held_back
+from shared.progress import Ticker, progress
+from student_train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress, Trained, seed_step
 from student_train.config import OptimizerSettings, TrainSettings
-from student_train.evaluate import HeldOutMeans, evaluate
-from student_train.objective import Objective
-from student_train.ranks import mean_over_ranks
-from student_train.sources import Source
-from student_train.stream import Stream, is_held_out
+from student_train.data import Batch, TrainingData, find_objective
+from student_train.evaluate import evaluate
+from student_train.log import RunLog
+from student_train.ranks import Ranks, joined_ranks
 from student_train.student import Student
+
+logger = logging.getLogger("logitferry")
 
 MODEL_FOLDER = "model"
 LOG_NAME = "log.jsonl"
 CONFIG_NAME = "config.yaml"
 RUN_NAME = "run.json"
+STAGE_SETTINGS = ("optimizer", "rows_per_step", "shuffle_blocks", "seed")
+"""With the loss, the number of steps and the share that is held out: without these as they were, no run goes on."""
 
 
 def finished_run(settings: TrainSettings) -> dict[str, Any] | None:
@@ -54,167 +61,205 @@ def finished_run(settings: TrainSettings) -> dict[str, Any] | None:
     return json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
 
 
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train to the end, by as many ranks as were started; see `Trainer.run`."""
+    device = pick_device(settings.device)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with joined_ranks(device) as ranks:
+        return Trainer(settings, ranks).run()
+
+
 class Trainer:
     """One student, its optimizer and its data; `run` trains and leaves a Hugging Face model."""
 
-    def __init__(self, settings: TrainSettings) -> None:
-        self._settings = settings
-        self._output = Path(settings.output)
-        claim_folder(self._output, [CONFIG_NAME])
+    def __init__(self, settings: TrainSettings, ranks: Ranks | None = None) -> None:
+        self._settings, self._output = settings, Path(settings.output)
+        self._ranks = ranks or Ranks(device=pick_device(settings.device))
+        claim_folder(self._output, [CONFIG_NAME, CHECKPOINTS_FOLDER])
         if (self._output / MODEL_FOLDER).exists():
             raise ConfigError(
                 f"{self._output / MODEL_FOLDER} exists: this run is finished", next_step="give another `output`"
             )
-        self.objective, self.temperature_index = find_objective(settings)
+        self.objective = find_objective(settings)
         torch.manual_seed(settings.seed)
-        self._device = pick_device(settings.device)
         self.student = Student(
             settings.student,
-            device=self._device,
+            self._ranks.device,
             batch_tokens=settings.batch_tokens,
             chunk_positions=settings.loss.chunk_positions,
+            packing=settings.packing,
+            static_shapes=settings.static_shapes,
         )
-        source = self.student.open_source(settings.data)
-        fraction = settings.held_out.fraction
-        self._training = self._stream(source, lambda sample_id: not is_held_out(sample_id, fraction))
-        self._held_out = self._open_held_out(source)
-        rows_per_epoch = self._training.num_rows
-        if settings.rows_per_step > rows_per_epoch:
-            raise ConfigError(
-                f"rows_per_step is {settings.rows_per_step}, but there are {rows_per_epoch} rows to train on"
-            )
-        # Rounded up, so that every row is seen; the last step of an epoch is filled from the next.
-        self._steps = settings.steps or math.ceil((settings.epochs or 0) * rows_per_epoch / settings.rows_per_step)
-        if settings.optimizer.warmup_steps >= self._steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, but there are {self._steps} steps"
-            )
-        self._optimizer = make_optimizer(self.student.model, settings.optimizer)
-        self._schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
-            self._optimizer,
+        self.data = TrainingData(settings, self.student, self.objective, self._ranks)
+        self._steps = _num_steps(settings, self.data.num_rows)
+        optimizer = make_optimizer(self.student.model, settings.optimizer)
+        schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer,
             num_warmup_steps=settings.optimizer.warmup_steps,
             num_training_steps=self._steps,
             min_lr_rate=settings.optimizer.min_lr_ratio,
         )
+        self._trained = Trained(model=self.student.model, optimizer=optimizer, schedule=schedule)
+        self._identity = self._find_identity()
+        self._checkpoints = Checkpoints(self._output, keep=settings.checkpoint.keep, ranks=self._ranks)
 
     def run(self) -> dict[str, Any]:
-        """Train to the end.  Returns the last held-out means and where the model lies.
+        """Train to the end, from the newest checkpoint on.  Returns the last held-out means and where the model lies.
 
         Raises:
-            DamagedDataError: a shard is not what was written; not one row of it has been trained on.
+            KeyboardInterrupt: a signal came, and there is a checkpoint now.
+            DamagedDataError: a shard is not what was written; not one row of it has been trained on, and there is a
+                checkpoint of what was before.
+            MismatchError: the newest checkpoint is of other data, another tokenizer, model or stage.
             NonFiniteError: the loss or its gradient is no number; names the rows.
         """
-        settings, every = self._settings, self._settings.evaluate_every
-        self._output.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._output / CONFIG_NAME, settings_yaml(settings).encode())
-        begin_s = time.monotonic()
-        with (
-            (self._output / LOG_NAME).open("w", encoding="utf-8") as log,
-            progress("train", self._steps, "steps") as bar,
-        ):
-
-            def write(entry: dict[str, Any]) -> None:
-                log.write(json.dumps(entry | {"elapsed_s": round(time.monotonic() - begin_s, 3)}) + "\n")
-                log.flush()
-
-            means = self._evaluate(0, write)
-            for step, rows in zip(
-                range(1, self._steps + 1), self._training.batches(settings.rows_per_step), strict=False
+        with held_back() as interruption:
+            done = self._resume()
+            if self._ranks.is_first:
+                write_atomically(self._output / CONFIG_NAME, settings_yaml(self._settings).encode())
+            after, seconds = (done.step, done.seconds) if done else (None, 0.0)
+            with (
+                RunLog(self._output / LOG_NAME, after=after, seconds=seconds, writes=self._ranks.is_first) as log,
+                progress("train", self._steps, "steps", shown=self._ranks.is_first) as bar,
             ):
-                entry = self._step(rows)
-                write({"step": step} | entry)
-                if step == self._steps or (every and step % every == 0):
-                    means = self._evaluate(step, write)
-                bar.advance(note=" ".join(f"{key} {entry[key]:.4f}" for key in ("ce", "kd") if key in entry))
-        result = {
-            "steps": self._steps,
-            "rows_per_epoch": self._training.num_rows,
-            "seconds": round(time.monotonic() - begin_s, 3),
-            "held_out": asdict(means) if means else None,
-            "data": self._training.source.identity(),
-            "model": str(self._output / MODEL_FOLDER),
-        }
-        write_atomically(self._output / RUN_NAME, json.dumps(result, indent=1).encode())
-        self.student.save(self._output / MODEL_FOLDER)
-        return result
+                bar.advance(after or 0)
+                waited_s = self._run_steps(after or 0, log, bar, interruption)
+                return self._finish(log, waited_s)
 
-    def _step(self, rows: list[Row]) -> dict[str, float]:
-        begin_s = time.monotonic()
-        model = self.student.model.train()
-        denominator = mean_over_ranks(float(sum(row.num_positions for row in rows)), self._device)
-        loss = ce = kd = 0.0
-        for sums in self.student.losses(
-            rows, self.objective, temperature_index=self.temperature_index, denominator=denominator
-        ):
+    def _run_steps(self, first: int, log: RunLog, bar: Ticker, interruption: Interruption) -> float:
+        """All steps that are left.  Returns how long the data were waited for."""
+        settings = self._settings
+        batches, waited_s = self.data.batches(first, self._steps), 0.0
+        saved, saved_s = first, time.monotonic()
+        self._evaluate(first, log, interruption)
+        for step in range(first, self._steps + 1):
+            begin_s, batch, error = time.monotonic(), None, None
+            try:
+                batch = interruption.unless_asked(lambda: next(batches, None))
+            except LogitferryError as raised:
+                error = raised
+            wait_s = time.monotonic() - begin_s
+            every = settings.checkpoint
+            is_due = step % every.every_steps == 0 if every.every_steps else False
+            if every.every_minutes and self._ranks.is_first:
+                is_due |= time.monotonic() - saved_s >= 60 * every.every_minutes
+            num_asked, num_failed, num_due = self._ranks.sums([interruption.came, error is not None, is_due])
+            if step > saved and (num_asked or num_failed or (num_due and step < self._steps)):
+                self._save(step, log)
+                saved, saved_s = step, time.monotonic()
+            if error is not None:
+                raise error
+            if num_failed:
+                raise OutputError("another rank cannot go on; it says why", next_step="see the other ranks' messages")
+            if num_asked:
+                interruption.hand_on()
+                raise KeyboardInterrupt  # another rank was asked
+            if batch is None:
+                break
+            entry = self._step(batch)
+            taken_s = time.monotonic() - begin_s
+            waited_s += wait_s
+            speed = {"tokens_per_s": round(batch.num_tokens / taken_s, 1), "wait": round(wait_s / taken_s, 4)}
+            log.write({"step": step + 1} | entry | speed | {"waste": round(batch.waste, 4)})
+            bar.advance(note=" ".join(f"{key} {entry[key]:.4f}" for key in ("ce", "kd") if key in entry))
+            self._evaluate(step + 1, log, interruption)
+        return waited_s
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        model, ranks = self.student.model.train(), self._ranks
+        seed_step(self._settings.seed, batch.step, ranks.rank)
+        denominator = batch.num_positions / ranks.count
+        mine = [0.0, 0.0, 0.0]
+        for sums in self.student.losses(batch.passes, self.objective, denominator=denominator):
             sums.total.backward()
-            loss, ce, kd = loss + float(sums.total.detach()), ce + float(sums.ce), kd + float(sums.kd)
+            mine = [a + float(b.detach()) for a, b in zip(mine, (sums.total, sums.ce, sums.kd), strict=True)]
+        ranks.average_gradients_(model)
+        loss, ce, kd = ranks.sums(mine)
+        loss /= ranks.count
         grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), self._settings.optimizer.max_grad_norm))
         if not (grad_norm < float("inf") and loss < float("inf")):
-            names = ", ".join(row.sample_id for row in rows[:8])
+            names = ", ".join(batch.sample_ids[:8])
             raise NonFiniteError(
-                f"loss {loss} and gradient norm {grad_norm} in a step over {len(rows)} rows: {names}, …",
+                f"loss {loss} and gradient norm {grad_norm} in a step over {len(batch.sample_ids)} rows: {names}, …",
                 next_step="lower optimizer.learning_rate, or look at these rows",
             )
-        entry = {"loss": loss, "ce": ce / denominator}
-        entry |= {} if self.temperature_index is None else {"kd": kd / denominator}
-        entry |= {"lr": float(self._schedule.get_last_lr()[0]), "grad_norm": grad_norm, "positions": denominator}
-        self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        num_tokens = sum(row.num_tokens for row in rows)
-        return entry | {"tokens_per_s": round(num_tokens / (time.monotonic() - begin_s), 1)}
+        entry = {"loss": loss, "ce": ce / batch.num_positions}
+        entry |= {"kd": kd / batch.num_positions} if self._settings.loss.kd_weight else {}
+        entry |= {"lr": float(self._trained.schedule.get_last_lr()[0]), "grad_norm": grad_norm}
+        self._trained.optimizer.step()
+        self._trained.schedule.step()
+        self._trained.optimizer.zero_grad(set_to_none=True)
+        return entry | {"positions": batch.num_positions}
 
-    def _evaluate(self, step: int, write: Callable[[dict[str, Any]], None]) -> HeldOutMeans | None:
-        if self._held_out is None:
-            return None
-        means = evaluate(self.student, self._held_out)
-        write({"step": step, "held_out": asdict(means)})
-        return means
+    def _evaluate(self, step: int, log: RunLog, interruption: Interruption) -> None:
+        """Look at the held-out rows where it is time to, and it has not been done."""
+        every = self._settings.evaluate_every
+        is_due = step in (0, self._steps) or (every is not None and step % every == 0)
+        if not is_due or step in log.evaluated or not self.data.held_out:
+            return
+        means = evaluate(self.student, self.data.held_out, self._ranks, interruption)
+        if means is not None:
+            log.evaluated[step] = asdict(means)
+            log.write({"step": step, "held_out": asdict(means)})
 
-    def _stream(self, source: Source, takes: Callable[[str], bool]) -> Stream:
-        settings = self._settings
-        return Stream(source=source, takes=takes, seed=settings.seed, shuffle_blocks=settings.shuffle_blocks)
-
-    def _open_held_out(self, training: Source) -> Stream | None:
-        settings = self._settings.held_out
-        if settings.data is not None:
-            stream = self._stream(self.student.open_source(settings.data), lambda _: True)
-        elif settings.fraction:
-            stream = self._stream(training, lambda sample_id: is_held_out(sample_id, settings.fraction))
-        else:
-            return None
-        if not stream.num_rows:
-            raise ConfigError("no row is held out", next_step="raise held_out.fraction, or leave held_out away")
-        return stream
-
-
-def find_objective(settings: TrainSettings) -> tuple[Objective, int | None]:
-    """What the config asks for and the place of its temperature among the dataset's, before any model is loaded.
-
-    None where the teacher is left out.
-
-    Raises:
-        MismatchError: the dataset does not hold what this loss needs.
-    """
-    if not settings.loss.kd_weight:
-        return settings.loss.objective(is_sampled=False), None
-    folder, temperature = str(settings.data.dataset), settings.loss.temperature
-    manifest = LogitDataset.open(folder).manifest
-    try:
-        objective = settings.loss.objective(is_sampled=not manifest.row_format.has_tails)
-    except ValueError as error:
-        raise MismatchError(
-            f"{folder} was kept by {manifest.keep['method']}, and the loss does not fit it: {error}",
-            next_step="train with loss: {divergence: forward_kl, temperature: 1} and no loss.tail, "
-            "or dump with keep.method: topk",
-        ) from None
-    if temperature not in manifest.temperatures:
-        raise MismatchError(
-            f"loss.temperature {temperature:g} is not among the {manifest.temperatures} of {folder}: "
-            "the teacher's tail is not known there",
-            next_step="train at a declared temperature, or dump again with this one under `temperatures`",
+    def _save(self, step: int, log: RunLog) -> None:
+        log.sync()
+        rows = self.data.rows_digest(step - 1)
+        self._checkpoints.save(
+            Progress(step=step, seconds=log.seconds, identity=self._identity, rows=rows), self._trained
         )
-    return objective, manifest.temperatures.index(temperature)
+
+    def _resume(self) -> Progress | None:
+        checkpoint = self._checkpoints.newest()
+        if checkpoint is None:
+            return None
+        done = checkpoint.progress
+        checkpoint.require_same(self._identity)
+        if done.rows != self.data.rows_digest(done.step - 1):
+            raise MismatchError(
+                f"{checkpoint.folder}: step {done.step} would take other rows here than it took",
+                next_step="go on with the release of logitferry that the run was begun with",
+            )
+        checkpoint.restore(self._trained)
+        logger.info("goes on after step %d, from %s", done.step, checkpoint.folder)
+        return done
+
+    def _find_identity(self) -> dict[str, Any]:
+        settings = self._settings.model_dump(mode="json")
+        stage = {name: settings[name] for name in STAGE_SETTINGS} | {"loss": settings["loss"]}
+        del stage["loss"]["chunk_positions"]
+        stage |= {"steps": self._steps, "held_out": {"fraction": settings["held_out"]["fraction"]}}
+        data = {str(index): each for index, each in enumerate(self.data.identity())}
+        return {"dataset": data, "stage": stage} | self.student.identity()
+
+    def _finish(self, log: RunLog, waited_s: float) -> dict[str, Any]:
+        held_out = log.evaluated.get(self._steps)
+        result = {
+            "steps": self._steps,
+            "rows_per_epoch": self.data.num_rows,
+            "seconds": round(log.seconds, 3),
+            "wait": round(waited_s / log.seconds, 4),
+            "held_out": held_out,
+            "data": self.data.record(),
+            "model": str(self._output / MODEL_FOLDER),
+        }
+        if self._ranks.is_first:
+            write_atomically(self._output / RUN_NAME, json.dumps(result, indent=1).encode())
+            self.student.save(self._output / MODEL_FOLDER)
+        self._ranks.barrier()
+        return result
+
+
+def _num_steps(settings: TrainSettings, num_rows: int) -> int:
+    if settings.rows_per_step > num_rows:
+        raise ConfigError(f"rows_per_step is {settings.rows_per_step}, but there are {num_rows} rows to train on")
+    # Rounded up, so that every row is seen; the last step of an epoch is filled from the next.
+    steps = settings.steps or math.ceil((settings.epochs or 0) * num_rows / settings.rows_per_step)
+    if settings.optimizer.warmup_steps >= steps:
+        raise ConfigError(f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, but there are {steps} steps")
+    return steps
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:

@@ -12,7 +12,7 @@ from typing import Any
 
 from shared.dataset import TOKENIZER_FOLDER
 from shared.files import sha256_of_bytes
-from shared.fingerprint import sha256_of_json, sha256_of_text, tokenizer_fingerprint
+from shared.fingerprint import RowsDigest, sha256_of_json, sha256_of_text, tokenizer_fingerprint
 from shared.manifest import Input, InputFile, Teacher
 from shared.progress import progress
 from shared.records import RecordReader
@@ -20,7 +20,6 @@ from shared.text_config import TextSettings
 from shared.text_rows import Tally, TextRows
 from teacher_dump.config import DumpSettings
 from teacher_dump.plan import Contents, Plan
-from teacher_dump.units import UnitDigest
 
 logger = logging.getLogger("logitferry")
 
@@ -51,11 +50,11 @@ def make_plan(
         ConfigError: there would be too many units.
     """
     tally, largest_id, longest_row = Tally(), -1, 0
-    digests: list[UnitDigest] = []
+    digests: list[RowsDigest] = []
     with progress("read", None, "rows") as ticker:
         for row in text.rows(reader.records(), tally):
             unit = (tally.records - 1) // unit_records
-            digests += [UnitDigest() for _ in range(len(digests), unit + 1)]
+            digests += [RowsDigest() for _ in range(len(digests), unit + 1)]
             digests[unit].add(row)
             largest_id = max(largest_id, int(row.input_ids_L.max()))
             longest_row = max(longest_row, row.num_tokens)
@@ -63,7 +62,7 @@ def make_plan(
     logger.info("read: %s", tally.summary())
     tally.require_rows()
     num_units = -(-tally.records // unit_records)
-    digests += [UnitDigest() for _ in range(len(digests), num_units)]
+    digests += [RowsDigest() for _ in range(len(digests), num_units)]
     plan = Plan(
         contents=contents,
         tally=asdict(tally),

@@ -1,6 +1,5 @@
 """Units of consecutive records: read and tokenized, scored by the teacher, and encoded as a shard."""
 
-import hashlib
 import logging
 import os
 import socket
@@ -13,6 +12,7 @@ from itertools import islice, takewhile
 
 from shared.dataset import shard_path
 from shared.errors import MismatchError, NonFiniteError
+from shared.fingerprint import RowsDigest
 from shared.manifest import Teacher
 from shared.records import RecordReader
 from shared.rows import LogitRow, Positions, Row
@@ -38,25 +38,6 @@ class Unit:
     rows: list[Row]
 
 
-class UnitDigest:
-    """Tells whether the rows of a unit are what they were."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
-
-    def add(self, row: Row) -> None:
-        for part in (
-            row.sample_id.encode(),
-            row.source.encode(),
-            row.input_ids_L.tobytes(),
-            row.label_mask_L.tobytes(),
-        ):
-            self._digest.update(len(part).to_bytes(8, "big") + part)
-
-    def text(self) -> str:
-        return self._digest.hexdigest()
-
-
 def read_units(
     reader: RecordReader, text: TextRows, plan: Plan, wanted: Collection[int], stop: threading.Event
 ) -> Iterator[Unit]:
@@ -72,7 +53,7 @@ def read_units(
             deque(batch, maxlen=0)
             continue
         of_unit = list(batch)
-        rows, digest = list(text.rows(of_unit, Tally())), UnitDigest()
+        rows, digest = list(text.rows(of_unit, Tally())), RowsDigest()
         if stop.is_set():
             return
         for row in rows:

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.device import pick_device
 from student_train.config import DataSettings, StudentSettings
+from student_train.data import measured
 from student_train.evaluate import evaluate
-from student_train.stream import Stream
 from student_train.student import Student
 
 GENERATE_ROWS = 250
@@ -23,9 +23,10 @@ NAMES = {"teacher": "teacher", "sft": "student, SFT", "kd": "student, SFT + KD"}
 def measure(folder: Path, model: str) -> dict[str, float]:
     """One row of the table: all metrics of a model on the test split."""
     settings = StudentSettings(model=str(folder / model))
-    student = Student(settings, device=pick_device("cpu"), batch_tokens=16384, chunk_positions=1024)
-    source = student.open_source(DataSettings(dataset=str(folder / "dumps/test")))
-    means = evaluate(student, Stream(source=source, takes=lambda _: True, seed=0, shuffle_blocks=1))
+    student = Student(settings, pick_device("cpu"), batch_tokens=16384, chunk_positions=1024)
+    test = student.open_sources(DataSettings(dataset=str(folder / "dumps/test")))
+    means = evaluate(student, measured(test, lambda _: True))
+    assert means is not None
     assert means.kl is not None, "a dataset has a teacher"
     return {"ce": means.ce, "kl": means.kl} | exact_match(folder / model, folder / "corpus/test.jsonl")
 

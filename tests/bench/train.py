@@ -19,6 +19,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 
 from shared.batching import PaddedBatch
 from shared.device import pick_device
-from shared.rows import LogitRow, Positions
+from shared.rows import LogitRow, Positions, Row
 from student_train.config import OptimizerSettings, StudentSettings
 from student_train.objective import Objective
+from student_train.ranks import Ranks
 from student_train.student import Student
 from student_train.train import make_optimizer
 from tests.bench.loss import seconds_of
@@ -72,6 +74,13 @@ def made_up_rows(num_rows: int, vocab_size: int) -> list[LogitRow]:
     return rows
 
 
+def _as_read(row: LogitRow, objective: Objective) -> Row:
+    """As a source gives it: at the temperature of the loss, or without its teacher."""
+    if not objective.kd_weight:
+        return row.without_teacher()
+    return replace(row, teacher=row.teacher.at_temperature(int(objective.temperature) - 1))
+
+
 class Steps:
     """One student and its optimizer; every kind of step is a function without arguments."""
 
@@ -81,7 +90,7 @@ class Steps:
         make_tokenizer(make_model(folder, vocab_size=arguments.vocab, spread=0.1, **shape, **heads))
         self.device = pick_device(arguments.device)
         settings = StudentSettings(model=str(folder), dtype=arguments.dtype)
-        self.student = Student(settings, device=self.device, batch_tokens=arguments.batch_tokens, chunk_positions=None)
+        self.student = Student(settings, self.device, batch_tokens=arguments.batch_tokens)
         self.student.model.train()
         self.rows = made_up_rows(arguments.rows, arguments.vocab)
         self.positions = sum(row.num_positions for row in self.rows)
@@ -94,10 +103,10 @@ class Steps:
         return ours | {"sft_plain": lambda: self.step(self.plain_losses())}
 
     def losses(self, objective: Objective) -> Iterable[Tensor]:
-        index = None if objective.kd_weight == 0 else int(objective.temperature) - 1
-        for sums in self.student.losses(
-            self.rows, objective, temperature_index=index, denominator=float(self.positions)
-        ):
+        longest = max(row.num_tokens for row in self.rows)
+        maker = self.student.pass_maker(objective, longest_row=longest, ranks=Ranks(device=self.device))
+        passes, _ = maker.make([_as_read(row, objective) for row in self.rows])
+        for sums in self.student.losses(passes, objective, denominator=float(self.positions)):
             yield sums.total
 
     def plain_losses(self) -> Iterable[Tensor]:

@@ -132,8 +132,8 @@ def test_an_unfinished_dump_is_no_dataset(copy: Path, tmp_path: Path):
         LogitDataset.open(copy)
     with pytest.raises(ConfigError, match="does not exist"):
         LogitDataset.open(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="copy it to this machine first"):
-        LogitDataset.open("s3://bucket/my-dump")
+    with pytest.raises(ConfigError, match="copy it here first"):
+        LogitDataset.open_here("memory://bucket/my-dump")
     with pytest.raises(ConfigError, match="is a file, not a folder"):
         LogitDataset.open(copy / "README.md")
 

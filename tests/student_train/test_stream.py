@@ -1,12 +1,14 @@
 """The stream: every row once an epoch, in an order that depends on the rows and the seed alone."""
 
-from itertools import islice
+import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError, DamagedDataError, MismatchError
@@ -18,55 +20,111 @@ from shared.rows import Row
 from shared.text_rows import Tally
 from student_train.config import DataSettings
 from student_train.sources import TextSource, open_source
-from student_train.stream import Stream, is_held_out
+from student_train.stream import Selection, Stream, is_held_out
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import SENTENCES, make_tokenizer
 
 
-def source_of(block_sizes: list[int]) -> TextSource:
+def source_of(block_sizes: list[int], name: str = "") -> TextSource:
     tokens = np.zeros(3, np.int32)
     blocks = [
-        [Row(sample_id=f"{b}/{n}", input_ids_L=tokens, label_mask_L=tokens.astype(bool)) for n in range(size)]
+        [Row(sample_id=f"{name}{b}/{n}", input_ids_L=tokens, label_mask_L=tokens.astype(bool)) for n in range(size)]
         for b, size in enumerate(block_sizes)
     ]
-    return TextSource(
-        files=[], blocks=blocks, sample_ids=[[row.sample_id for row in block] for block in blocks], tally=Tally()
-    )
+    return TextSource(files=[], blocks=blocks, tally=Tally())
 
 
-def stream_of(source: Any, *, seed: int = 0, shuffle_blocks: int = 2, takes: Any = lambda _: True) -> Stream:
-    return Stream(source=source, takes=takes, seed=seed, shuffle_blocks=shuffle_blocks)
+def stream_of(*sources: Any, takes: Any = lambda _: True, **settings: Any) -> Stream:
+    selections = [Selection.of(source, takes) for source in sources]
+    return Stream(selections, **{"rows_per_step": 4, "seed": 0, "shuffle_blocks": 2} | settings)
 
 
-def ids(stream: Stream, rows_per_step: int, num_steps: int) -> list[list[str]]:
-    return [[row.sample_id for row in batch] for batch in islice(stream.batches(rows_per_step), num_steps)]
+def ids(stream: Stream, first: int, last: int) -> list[list[str]]:
+    return [[row.sample_id for row in each.rows] for each in stream.steps(first, last)]
+
+
+def test_the_rows_of_a_step_are_those_that_the_order_says():
+    stream = stream_of(source_of([5, 0, 7]), source_of([6], name="other "), rows_per_step=3)
+    for each in stream.steps(2, 9):
+        refs = stream.order.step(each.step)
+        # An empty block is none: the second one that there is has 7 rows.
+        names = [["0/{}", "2/{}"], ["other 0/{}"]]
+        places = zip(refs.source_R, refs.block_R, refs.row_R, strict=True)
+        assert [row.sample_id for row in each.rows] == [names[s][b].format(r) for s, b, r in places]
 
 
 @given(
-    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
-    seed=st.integers(0, 1000),
-    pool=st.integers(1, 9),
-    rows_per_step=st.integers(1, 7),
+    first=st.integers(0, 30),
+    count=st.integers(1, 12),
+    num_threads=st.integers(1, 4),
+    shuffle_blocks=st.integers(1, 9),
+    rows_per_step=st.integers(1, 17),
 )
-def test_every_epoch_holds_every_row_once(sizes: list[int], seed: int, pool: int, rows_per_step: int):
-    stream = stream_of(source_of(sizes), seed=seed, shuffle_blocks=pool)
-    flat = [name for batch in ids(stream, rows_per_step, 3 * sum(sizes)) for name in batch]
-    everything = sorted(f"{b}/{n}" for b, size in enumerate(sizes) for n in range(size))
-    for epoch in range(2):
-        assert sorted(flat[epoch * len(everything) : (epoch + 1) * len(everything)]) == everything
+@settings(deadline=None, max_examples=50)
+def test_a_stream_that_is_entered_anywhere_with_any_number_of_threads_says_the_same(
+    first: int, count: int, num_threads: int, shuffle_blocks: int, rows_per_step: int
+):
+    options = {"shuffle_blocks": shuffle_blocks, "rows_per_step": rows_per_step}
+    sources = [source_of([3, 1, 4, 1, 5]), source_of([9, 2], name="other ")]
+    whole = ids(stream_of(*sources, **options), 0, first + count)
+    assert ids(stream_of(*sources, **options, num_threads=num_threads), first, first + count) == whole[first:]
 
 
-def test_the_order_is_a_function_of_the_seed_and_changes_with_the_epoch():
-    source = source_of([50, 50])
-    one, again, other = (ids(stream_of(source, seed=seed), 100, 2) for seed in (3, 3, 4))
-    assert one == again
-    assert one != other
-    assert one[0] != one[1], "the second epoch has an order of its own"
+class Counted(TextSource):
+    """Counts the blocks that are read, and how many rows of them are alive."""
+
+    reads: ClassVar[list[int]] = []
+    alive: ClassVar[weakref.WeakValueDictionary[int, Row]] = weakref.WeakValueDictionary()
+
+    def read_block(self, index: int) -> list[Row]:
+        self.reads.append(index)
+        rows = [replace(row) for row in self.blocks[index]]
+        self.alive.update({len(self.reads) * 1000 + n: row for n, row in enumerate(rows)})
+        return rows
 
 
-def test_rows_of_the_pooled_blocks_are_mixed():
-    first = ids(stream_of(source_of([100] * 4), shuffle_blocks=2), 100, 1)[0]
-    assert 20 < max(sum(name.startswith(f"{b}/") for name in first) for b in range(4)) < 80
+def test_memory_is_bounded_by_the_blocks_that_rows_are_drawn_from_and_each_is_read_once_an_epoch():
+    plain = source_of([20] * 50)
+    source = Counted(files=[], blocks=plain.blocks, tally=Tally())
+    Counted.reads.clear()
+    stream, most = stream_of(source, rows_per_step=10, shuffle_blocks=6), 0
+    for each in stream.steps(0, 100):
+        del each
+        most = max(most, len(Counted.alive))
+    assert 100 < most <= (6 + 3) * 20
+    # Those at the border of the epoch hold rows of its beginning and of its end.
+    assert sorted(set(Counted.reads)) == list(range(50))
+    assert len(Counted.reads) <= 50 + 6
+
+
+class Broken(TextSource):
+    def read_block(self, index: int) -> list[Row]:
+        if index == 3:
+            raise DamagedDataError("block 3")
+        return self.blocks[index]
+
+
+def test_what_goes_wrong_with_a_block_comes_with_the_first_step_that_needs_it_and_not_before():
+    plain = source_of([10] * 8)
+    source = Broken(files=[], blocks=plain.blocks, tally=Tally())
+    stream = stream_of(source, seed=1, rows_per_step=5)
+    first = next(step for step in range(16) if 3 in stream.order.step(step).block_R)
+    assert first > 3
+    steps = stream.made_ahead(0, 16, lambda rows: rows.step)
+    assert [next(steps) for _ in range(first)] == list(range(first))
+    with pytest.raises(DamagedDataError, match="block 3"):
+        next(steps)
+
+
+def test_what_is_made_of_a_step_is_ready_before_it_is_asked_for():
+    made: list[int] = []
+    steps = stream_of(source_of([50])).made_ahead(0, 9, lambda rows: made.append(rows.step) or rows.step)
+    assert next(steps) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made == [0, 1, 2]
+    assert list(steps) == list(range(1, 9))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 1 / 3])
@@ -89,7 +147,7 @@ def test_ids_of_ones_own_are_split_whatever_they_look_like():
 
 def test_nothing_left_to_train_on_is_an_error():
     with pytest.raises(ConfigError, match="no row is left"):
-        next(stream_of(source_of([3]), takes=lambda _: False).batches(2))
+        stream_of(source_of([3]), takes=lambda _: False)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +173,8 @@ def test_text_and_the_dataset_made_from_it_stream_alike(dumped: tuple[Path, Path
     text = open_data(tokenizer, text={"files": [str(files)]})
     dataset = open_data(tokenizer, dataset=str(folder))
     assert text.sample_ids == dataset.sample_ids
-    for one, other in zip(*(islice(stream_of(s).batches(4), 20) for s in (text, dataset)), strict=True):
-        for row, same in zip(one, other, strict=True):
+    for one, other in zip(*(stream_of(s).steps(0, 20) for s in (text, dataset)), strict=True):
+        for row, same in zip(one.rows, other.rows, strict=True):
             assert row.sample_id == same.sample_id
             np.testing.assert_array_equal(row.input_ids_L, same.input_ids_L)
             np.testing.assert_array_equal(row.label_mask_L, same.label_mask_L)
@@ -160,4 +218,4 @@ def test_damage_is_met_before_a_row_of_the_shard_is_seen(dumped: tuple[Path, Pat
     whole[len(whole) // 3] ^= 1
     shard.write_bytes(whole)
     with pytest.raises(DamagedDataError, match=r"part-00000\.parquet: damaged"):
-        next(stream_of(source).batches(1))
+        next(stream_of(source).steps(0, 1))

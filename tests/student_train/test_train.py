@@ -1,6 +1,7 @@
 """Whole training runs: the gradient, what has no influence on it, and what is left behind."""
 
 import json
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError, MismatchError, NonFiniteError
 from shared.rows import LogitRow
 from student_train.config import OptimizerSettings, TrainSettings
+from student_train.passes import PassMaker
 from student_train.train import Trainer, finished_run, make_optimizer
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import make_model, make_tokenizer
@@ -126,22 +128,33 @@ def test_first_step_equals_dense_distillation_written_by_hand(
 
 def test_how_a_step_is_cut_into_forward_passes_changes_nothing(student_folder: Path, dataset: Path, tmp_path: Path):
     """Rows have very unlike numbers of labels: a mean of means would differ."""
-    runs = []
-    for name, batch_tokens, chunk in (("whole", 100_000, 5000), ("cut", 1, 5), ("odd", 333, 64)):
-        Trainer(
-            settings(
-                student_folder, tmp_path / name, data__dataset=str(dataset), batch_tokens=batch_tokens,
-                loss__chunk_positions=chunk,
-            )
-        ).run()  # fmt: skip
-        runs.append([(e["loss"], e["grad_norm"]) for e in log_of(tmp_path / name) if "loss" in e])
-    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-4)
-    np.testing.assert_allclose(runs[2], runs[0], rtol=1e-4)
+    cuts: dict[str, dict[str, Any]] = {
+        "side by side": {"packing": False, "batch_tokens": 100_000, "loss__chunk_positions": 5000},
+        "one by one": {"packing": False, "batch_tokens": 1, "loss__chunk_positions": 5},
+        "odd": {"packing": False, "batch_tokens": 333, "loss__chunk_positions": 64},
+        "packed": {"batch_tokens": 100_000},
+        "packed short": {"batch_tokens": 333, "loss__chunk_positions": 64},
+        "masked": {"batch_tokens": 1000, "student__attention": "sdpa"},
+        "masked by hand": {"batch_tokens": 1000, "student__attention": "eager"},
+        "static": {"batch_tokens": 1000, "student__attention": "sdpa", "static_shapes": True},
+        "one line, static": {"batch_tokens": 400, "student__attention": "varlen", "static_shapes": True},
+    }
+    runs = {}
+    for name, changes in cuts.items():
+        Trainer(settings(student_folder, tmp_path / name, data__dataset=str(dataset), **changes)).run()
+        runs[name] = [(e["loss"], e["grad_norm"]) for e in log_of(tmp_path / name) if "loss" in e]
+    for name, run in runs.items():
+        np.testing.assert_allclose(run, runs["side by side"], rtol=1e-4, err_msg=name)
 
 
-def test_padding_has_no_influence_on_any_position(student_folder: Path, dataset: Path, tmp_path: Path):
-    """A short row beside a long one gives the bits of the loss and gradient that it gives alone."""
-    trainer = Trainer(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), batch_tokens=100_000))
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_a_row_shares_a_pass_with_has_no_influence_on_it(
+    packing: bool, student_folder: Path, dataset: Path, tmp_path: Path
+):
+    """A short row beside a long one, or behind it, gives the same bits of its gradient whatever that one says."""
+    trainer = Trainer(
+        settings(student_folder, tmp_path / "out", data__dataset=str(dataset), batch_tokens=100_000, packing=packing)
+    )
     rows = LogitDataset.open(dataset).read_shard(0)
     long, short = max(rows, key=lambda r: r.num_tokens), min(rows, key=lambda r: r.num_tokens)
     assert long.num_tokens > 1.5 * short.num_tokens
@@ -158,7 +171,8 @@ def test_padding_has_no_influence_on_any_position(student_folder: Path, dataset:
 
 
 def losses(trainer: Trainer, rows: list[LogitRow]) -> Any:
-    return trainer.student.losses(rows, trainer.objective, temperature_index=trainer.temperature_index, denominator=1.0)
+    at_one = [replace(row, teacher=row.teacher.at_temperature(0)) for row in rows]
+    return trainer.student.losses(trainer.data.passes.make(at_one)[0], trainer.objective, denominator=1.0)
 
 
 def _with_other_tokens(row: LogitRow) -> LogitRow:
@@ -230,7 +244,7 @@ def test_what_is_left_is_a_hugging_face_model_with_its_tokenizer(student_folder:
     )["input_ids"]
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] >= ids.shape[1] + 1
     run = json.loads((tmp_path / "out/run.json").read_text())
-    assert run["data"]["manifest_sha256"] == LogitDataset.open(dataset).identity()
+    assert run["data"][0]["manifest_sha256"] == LogitDataset.open(dataset).identity()
     assert (tmp_path / "out/config.yaml").is_file()
 
 
@@ -313,9 +327,9 @@ def test_rows_longer_than_the_students_context_are_cut_or_dropped_and_counted(da
         trainer = Trainer(
             settings(student, tmp_path / policy, data__dataset=str(dataset), data__on_too_long=policy, rows_per_step=2)
         )
-        source = trainer._training.source
+        [source] = trainer.data._sources
         rows = {row.sample_id: row for index in blocks for row in source.read_block(index)}
-        assert rows.keys() == set(chain(*source.sample_ids)) == whole.keys() - lost
+        assert rows.keys() == set(chain(*(ids.to_pylist() for ids in source.sample_ids))) == whole.keys() - lost
         assert max(row.num_tokens for row in rows.values()) <= 100
         assert sum(source.tally.values()) == len(long)
         assert source.tally.get("truncated", 0) == (len(long - unanswered) if policy == "truncate" else 0)
@@ -372,13 +386,13 @@ def test_what_is_held_out_is_never_trained_on(
         settings(student_folder, tmp_path / "out", data__dataset=str(dataset), steps=12, held_out__fraction=0.4)
     )
     trained, measured = set[str](), set[str]()
-    losses_of = trainer.student.losses
+    make = PassMaker.make
 
-    def record(rows: Any, *arguments: Any, **named: Any) -> Any:
-        (trained if trainer.student.model.training else measured).update(row.sample_id for row in rows)
-        return losses_of(rows, *arguments, **named)
+    def record(maker: PassMaker, rows: Any) -> Any:
+        (trained if maker is trainer.data.passes else measured).update(row.sample_id for row in rows)
+        return make(maker, rows)
 
-    monkeypatch.setattr(trainer.student, "losses", record)
+    monkeypatch.setattr(PassMaker, "make", record)
     trainer.run()
     assert len(trained) + len(measured) == 24
     assert trained

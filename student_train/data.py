@@ -1,0 +1,154 @@
+"""What a run trains on and is measured by: settings to a stream of batches and some held-out rows."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shared.errors import ConfigError, MismatchError
+from student_train.config import DataSettings, TrainSettings
+from student_train.objective import Objective
+from student_train.passes import ForwardPass
+from student_train.ranks import Ranks
+from student_train.sources import Source, open_dataset
+from student_train.stream import Selection, StepRows, Stream, is_held_out
+from student_train.student import Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What this rank does in a step, which is counted from 0, and what all ranks do together."""
+
+    step: int
+    passes: list[ForwardPass]
+    sample_ids: list[str]
+    num_tokens: int
+    num_positions: int
+    waste: float
+    """Share of all ranks' computed tokens that are padding."""
+
+
+class TrainingData:
+    """The rows of a run, checked against the student.
+
+    Raises:
+        ConfigError: no row is held out, or none is left to train on.
+        MismatchError, RecordError, DamagedDataError: see `student_train.sources`.
+    """
+
+    def __init__(self, settings: TrainSettings, student: Student, objective: Objective, ranks: Ranks) -> None:
+        at = objective.temperature if settings.loss.kd_weight else None
+        self._sources = student.open_sources(settings.data)
+        self._weights = [source.weight for source in settings.data.mix if source.weight is not None]
+        fraction = settings.held_out.fraction
+        self.held_out = _held_out(settings, student, self._sources)
+        self.stream = Stream(
+            [Selection.of(source.at(at), lambda name: not is_held_out(name, fraction)) for source in self._sources],
+            weights=self._weights or None,
+            rows_per_step=settings.rows_per_step,
+            seed=settings.seed,
+            shuffle_blocks=settings.shuffle_blocks,
+            num_threads=settings.loader_threads,
+        )
+        longest_row = max(source.longest_row for source in self._sources)
+        self.passes = student.pass_maker(objective, longest_row=longest_row, ranks=ranks)
+
+    @property
+    def num_rows(self) -> int:
+        """Of one epoch."""
+        return self.stream.num_rows
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """This rank's share of steps first … last − 1, ready before it is asked for.
+
+        Raises:
+            DamagedDataError: a shard is not what was written; not one row of it has been seen.
+            MismatchError: a row has no targets for this objective.
+        """
+        return self.stream.made_ahead(first, last, self._batch)
+
+    def _batch(self, of: StepRows) -> Batch:
+        passes, waste = self.passes.make(of.rows)
+        return Batch(
+            step=of.step,
+            passes=passes,
+            sample_ids=[row.sample_id for row in of.rows],
+            num_tokens=sum(row.num_tokens for row in of.rows),
+            num_positions=sum(row.num_positions for row in of.rows),
+            waste=waste,
+        )
+
+    def identity(self) -> list[dict[str, Any]]:
+        """Equal where every step has the same rows, as far as data decide that."""
+        weights = self._weights or [None] * len(self._sources)
+        return [source.identity() | {"weight": weight} for source, weight in zip(self._sources, weights, strict=True)]
+
+    def rows_digest(self, step: int) -> str:
+        """Of which rows that step takes, by their places in the data."""
+        refs = self.stream.order.step(step)
+        digest = hashlib.sha256()
+        for places in (refs.source_R, refs.block_R, refs.row_R):
+            digest.update(places.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def record(self) -> list[dict[str, Any]]:
+        """What was trained on, for people."""
+        return [source.record() for source in self._sources]
+
+
+def measured(sources: Sequence[Source], takes: Callable[[str], bool]) -> list[Selection]:
+    """Rows to measure a student by: at T = 1, whatever it is trained at."""
+    return [Selection.of(source.at(1.0 if source.temperatures else None), takes) for source in sources]
+
+
+def _held_out(settings: TrainSettings, student: Student, training: list[Source]) -> list[Selection]:
+    fraction, data = settings.held_out.fraction, settings.held_out.data
+    if data is not None:
+        selections = measured(student.open_sources(data), lambda _: True)
+    elif fraction:
+        selections = measured(training, lambda name: is_held_out(name, fraction))
+    else:
+        return []
+    if not sum(selection.num_rows for selection in selections):
+        raise ConfigError("no row is held out", next_step="raise held_out.fraction, or leave held_out away")
+    return selections
+
+
+def find_objective(settings: TrainSettings) -> Objective:
+    """What the config asks for, checked against the datasets before any model is loaded.
+
+    Raises:
+        MismatchError: a dataset does not hold what this loss needs.
+    """
+    if not settings.loss.kd_weight:
+        return settings.loss.objective(is_sampled=False)
+    found = {name: _objective_on(name, settings) for name in _datasets(settings.data)}
+    if len(set(found.values())) > 1:
+        raise MismatchError(
+            f"{' and '.join(found)} were kept in unlike manners: some hold a sample of ids, others the most probable",
+            next_step="mix datasets of one keep.method",
+        )
+    return next(iter(found.values()))
+
+
+def _datasets(data: DataSettings) -> list[str]:
+    return [str(source.dataset) for source in data.sources()]
+
+
+def _objective_on(name: str, settings: TrainSettings) -> Objective:
+    manifest, temperature = open_dataset(name, settings.data.cache).manifest, settings.loss.temperature
+    try:
+        objective = settings.loss.objective(is_sampled=not manifest.row_format.has_tails)
+    except ValueError as error:
+        raise MismatchError(
+            f"{name} was kept by {manifest.keep['method']}, and the loss does not fit it: {error}",
+            next_step="train with loss: {divergence: forward_kl, temperature: 1} and no loss.tail, "
+            "or dump with keep.method: topk",
+        ) from None
+    if temperature not in manifest.temperatures:
+        raise MismatchError(
+            f"loss.temperature {temperature:g} is not among the {manifest.temperatures} of {name}: "
+            "the teacher's tail is not known there",
+            next_step="train at a declared temperature, or dump again with this one under `temperatures`",
+        )
+    return objective

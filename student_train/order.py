@@ -1,0 +1,132 @@
+"""Which rows come at which step: arithmetic alone, nothing is read.
+
+The rows of step n are a pure function of (sizes of the blocks, weights, seed, n).  So a run that goes on at any step,
+by any number of ranks and loader threads, sees what it would have seen; there is no state of a loader to be saved.
+
+One source: an epoch permutes its blocks.  A row of the b-th of B blocks comes at the time b + M·u mod B, u drawn from
+[0, 1): every batch is drawn from the M blocks that are then under way, evenly, and a block is needed for M block
+lengths.  With M ≥ B that is a uniform permutation of all rows.  Several sources: the k-th row of source s, of all its
+epochs, comes at the time (k + ½) / w_s, so that after any number of rows each source has its share within one.
+
+Random numbers are the raw words of PCG64 and the words that SeedSequence makes of seeds, whose values numpy promises
+never to change; those of its distributions may.
+
+Memory: 8 bytes for each row of the epochs under way.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+
+
+def uniforms(count: int, *seed: int) -> NDArray[np.float64]:
+    """`count` numbers from [0, 1) with 53 random bits, the same for the same seeds for ever."""
+    raw: NDArray[np.uint64] = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count)
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def epoch_order(block_sizes: Sequence[int], spread: int, *seed: int) -> Int64:
+    """The stored indices of all rows, in the order of one epoch; `spread` is M."""
+    num_blocks, num_rows = len(block_sizes), int(sum(block_sizes))
+    place_B = np.empty(num_blocks, dtype=np.int64)
+    place_B[np.argsort(uniforms(num_blocks, *seed, 0), kind="stable")] = np.arange(num_blocks)
+    time_R = np.repeat(place_B, block_sizes) + min(spread, num_blocks) * uniforms(num_rows, *seed, 1)
+    return np.argsort(np.where(time_R >= num_blocks, time_R - num_blocks, time_R), kind="stable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refs:
+    """Where the rows of a step lie, in the order of the step: source, block of the source, row of the block."""
+
+    source_R: Int64
+    block_R: Int64
+    row_R: Int64
+
+    def __len__(self) -> int:
+        return len(self.source_R)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Every (source, block) once, in the order of first need."""
+        return list(dict.fromkeys(zip(self.source_R.tolist(), self.block_R.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Order:
+    """The rows of every step.
+
+    `block_sizes[s]` are the rows of each block of source s; `weights[s]` is its share of the rows, up to a factor.
+    """
+
+    block_sizes: tuple[tuple[int, ...], ...]
+    weights: tuple[float, ...]
+    rows_per_step: int
+    spread: int
+    seed: int
+    _whole: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Weights as whole numbers of the same proportions."""
+    _orders: dict[int, dict[int, Int64]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """By source and epoch, those that were asked for last: a step may lie in two epochs."""
+
+    def __post_init__(self) -> None:
+        assert 0 < len(self.block_sizes) == len(self.weights)
+        assert min(*map(sum, self.block_sizes), *self.weights) > 0
+        fractions = [Fraction(weight).limit_denominator(1_000_000_000) for weight in self.weights]
+        scale = math.lcm(*(each.denominator for each in fractions))
+        whole = [int(each * scale) for each in fractions]
+        object.__setattr__(self, "_whole", tuple(each // math.gcd(*whole) for each in whole))
+
+    @property
+    def num_rows(self) -> int:
+        """Of one epoch of every source."""
+        return sum(map(sum, self.block_sizes))
+
+    def step(self, step: int) -> Refs:
+        """The rows of a step, counted from 0; rows cross the borders of epochs."""
+        source_R, count_R = self._shares(step * self.rows_per_step, self.rows_per_step)
+        block_R, row_R = np.empty_like(source_R), np.empty_like(source_R)
+        for source, sizes in enumerate(self.block_sizes):
+            is_of = source_R == source
+            stored = self._stored(source, count_R[is_of])
+            ends = np.cumsum(sizes)
+            block_R[is_of] = blocks = np.searchsorted(ends, stored, side="right")
+            row_R[is_of] = stored - (ends - sizes)[blocks]
+        return Refs(source_R=source_R, block_R=block_R, row_R=row_R)
+
+    def _shares(self, begin: int, count: int) -> tuple[Int64, Int64]:
+        """Of rows begin … begin + count: the source of each, and the how many-th of all rows of that source it is."""
+        whole, total, num_sources = self._whole, sum(self._whole), len(self._whole)
+        # A source has floor(w·τ + ½) rows up to the time τ.  Over all sources that is within S/2 of W·τ.
+        first = [max(0, (2 * (begin - num_sources) * w + total) // (2 * total)) for w in whole]
+        last = [(2 * (begin + count + num_sources) * w + total) // (2 * total) for w in whole]
+        scale = math.lcm(*whole)
+        due = sorted(
+            ((2 * k + 1) * (scale // w), source, k)
+            for source, w in enumerate(whole)
+            for k in range(first[source], last[source])
+        )[begin - sum(first) :][:count]
+        assert len(due) == count
+        return np.array([source for _, source, _ in due]), np.array([k for _, _, k in due])
+
+    def _stored(self, source: int, count_R: Int64) -> Int64:
+        """Stored indices of the so many-th rows of a source, of all its epochs."""
+        sizes = self.block_sizes[source]
+        epoch_R, place_R = np.divmod(count_R, sum(sizes))
+        stored_R = np.empty_like(count_R)
+        for epoch in np.unique(epoch_R).tolist():
+            is_of = epoch_R == epoch
+            stored_R[is_of] = self._epoch(source, epoch)[place_R[is_of]]
+        return stored_R
+
+    def _epoch(self, source: int, epoch: int) -> Int64:
+        kept = self._orders.setdefault(source, {})
+        if epoch not in kept:
+            kept[epoch] = epoch_order(self.block_sizes[source], self.spread, self.seed, source, epoch)
+            for other in [each for each in kept if abs(each - epoch) > 1]:
+                del kept[other]
+        return kept[epoch]
