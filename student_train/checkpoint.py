@@ -119,7 +119,7 @@ class Checkpoints:
                 (aside / COMPLETE_NAME).write_text(json.dumps(digests, indent=1), encoding="utf-8")
                 sync_tree(aside)
                 shutil.rmtree(target, ignore_errors=True)  # of a run that was begun anew
-                aside.rename(target)
+                aside.replace(target)
                 sync_folder(self._folder)
                 self._remove_old()
             self._ranks.barrier()
@@ -153,7 +153,7 @@ class Checkpoints:
     def _remove_old(self) -> None:
         for path in self._found()[: -self._keep]:
             doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")  # so that no half of it looks like a whole one
-            path.rename(doomed)
+            path.replace(doomed)
             shutil.rmtree(doomed)
 
 
@@ -178,8 +178,10 @@ class Checkpoint:
         mend = f"remove {folder}: the run then goes on from the checkpoint before it, or starts over"
         try:
             digests = json.loads((folder / COMPLETE_NAME).read_bytes())
+            if unlike := digests.keys() ^ {path.name for path in folder.iterdir() if path.name != COMPLETE_NAME}:
+                raise DamagedDataError(f"{folder}: {min(unlike)} is missing, or does not belong there", next_step=mend)
             for name, digest in digests.items():
-                if (got := sha256_of_file(folder / Path(name).name)) != digest:
+                if (got := sha256_of_file(folder / name)) != digest:
                     raise DamagedDataError(
                         f"{folder / name}: damaged: expected sha256 {digest[:16]}…, got {got[:16]}…", next_step=mend
                     )

@@ -6,6 +6,7 @@ from itertools import islice
 
 import torch
 
+from shared.errors import LogitferryError
 from shared.interruption import Interruption
 from student_train.attention import evaluating
 from student_train.objective import Objective
@@ -35,10 +36,20 @@ def evaluate(
     ranks: Ranks | None = None,
     interruption: Interruption | None = None,
 ) -> HeldOutMeans | None:
-    """Every row once, by all ranks together; None where one of them is asked to stop meanwhile."""
+    """Every row once, by all ranks together; None where one of them is asked to stop meanwhile, or cannot go on.
+
+    Raises:
+        LogitferryError: why this one cannot go on.
+    """
     ranks, interruption = ranks or Ranks(), interruption or Interruption()
-    mine = interruption.unless_asked(lambda: _sums(student, selections, ranks))
+    mine, error = None, None
+    try:
+        mine = interruption.unless_asked(lambda: _sums(student, selections, ranks))
+    except LogitferryError as raised:  # told when the others know that there is nothing to wait for
+        error = raised
     *totals, num_broken_off = ranks.sums([*(mine or (0.0, 0.0, 0.0)), mine is None])
+    if error is not None:
+        raise error
     if num_broken_off:
         return None
     positions, ce, kl = totals

@@ -104,6 +104,7 @@ class Trainer:
         self._trained = Trained(model=self.student.model, optimizer=optimizer, schedule=schedule)
         self._identity = self._find_identity()
         self._checkpoints = Checkpoints(self._output, keep=settings.checkpoint.keep, ranks=self._ranks)
+        self._saved_step, self._saved_s = 0, time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint on.  Returns the last held-out means and where the model lies.
@@ -130,42 +131,46 @@ class Trainer:
 
     def _run_steps(self, first: int, log: RunLog, bar: Ticker, interruption: Interruption) -> float:
         """All steps that are left.  Returns how long the data were waited for."""
-        settings = self._settings
         batches, waited_s = self.data.batches(first, self._steps), 0.0
-        saved, saved_s = first, time.monotonic()
-        self._evaluate(first, log, interruption)
+        self._saved_step, self._saved_s = first, time.monotonic()
         for step in range(first, self._steps + 1):
-            begin_s, batch, error = time.monotonic(), None, None
+            batch, error, begin_s = None, None, 0.0
             try:
+                self._evaluate(step, log, interruption)
+                begin_s = time.monotonic()
                 batch = interruption.unless_asked(lambda: next(batches, None))
-            except LogitferryError as raised:
+            except LogitferryError as raised:  # what was done before is saved first
                 error = raised
             wait_s = time.monotonic() - begin_s
-            every = settings.checkpoint
-            is_due = step % every.every_steps == 0 if every.every_steps else False
-            if every.every_minutes and self._ranks.is_first:
-                is_due |= time.monotonic() - saved_s >= 60 * every.every_minutes
-            num_asked, num_failed, num_due = self._ranks.sums([interruption.came, error is not None, is_due])
-            if step > saved and (num_asked or num_failed or (num_due and step < self._steps)):
-                self._save(step, log)
-                saved, saved_s = step, time.monotonic()
-            if error is not None:
-                raise error
-            if num_failed:
-                raise OutputError("another rank cannot go on; it says why", next_step="see the other ranks' messages")
-            if num_asked:
-                interruption.hand_on()
-                raise KeyboardInterrupt  # another rank was asked
+            self._save_or_stop(step, log, interruption, error)
             if batch is None:
                 break
+            begin_s = time.monotonic()
             entry = self._step(batch)
-            taken_s = time.monotonic() - begin_s
+            taken_s = time.monotonic() - begin_s + wait_s
             waited_s += wait_s
             speed = {"tokens_per_s": round(batch.num_tokens / taken_s, 1), "wait": round(wait_s / taken_s, 4)}
             log.write({"step": step + 1} | entry | speed | {"waste": round(batch.waste, 4)})
             bar.advance(note=" ".join(f"{key} {entry[key]:.4f}" for key in ("ce", "kd") if key in entry))
-            self._evaluate(step + 1, log, interruption)
         return waited_s
+
+    def _save_or_stop(self, step: int, log: RunLog, interruption: Interruption, error: LogitferryError | None) -> None:
+        """What has to be settled between steps, and by all ranks alike: is it time for a checkpoint, or to end?"""
+        every = self._settings.checkpoint
+        is_due = bool(every.every_steps) and step % (every.every_steps or 1) == 0
+        if every.every_minutes and self._ranks.is_first:
+            is_due |= time.monotonic() - self._saved_s >= 60 * every.every_minutes
+        num_asked, num_failed, num_due = self._ranks.sums([interruption.came, error is not None, is_due])
+        ends = num_asked or num_failed
+        if step > self._saved_step and (ends or (num_due and step < self._steps)):
+            self._save(step, log)
+        if error is not None:
+            raise error
+        if num_failed:
+            raise OutputError("another rank cannot go on", next_step="see what that one says")
+        if num_asked:
+            interruption.hand_on()
+            raise KeyboardInterrupt  # another rank was asked
 
     def _step(self, batch: Batch) -> dict[str, float]:
         model, ranks = self.student.model.train(), self._ranks
@@ -210,6 +215,7 @@ class Trainer:
         self._checkpoints.save(
             Progress(step=step, seconds=log.seconds, identity=self._identity, rows=rows), self._trained
         )
+        self._saved_step, self._saved_s = step, time.monotonic()
 
     def _resume(self) -> Progress | None:
         checkpoint = self._checkpoints.newest()
