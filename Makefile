@@ -9,6 +9,8 @@
 #   make bench-dump   positions per second into a sealed dataset, by vLLM and transformers, beside the bare engines
 #   make bench-loss   what the loss costs in time and memory beside rivals; ARGS="--shape N,D,V,dtype" for another size
 #   make bench-kills ARGS="dump.yaml --folder NEW"   a dump killed at random ten times, beside the same dump left alone
+#   make bench-loader  what the student's stream delivers, how well it mixes, how long a student waits for it
+#   make bench-resume ARGS="train.yaml --folder NEW"   a training run stopped at random steps, beside one left alone
 #   make bench-train  what a step with distillation costs beside one without
 #   make bench-sampling  bytes and gradient noise of sampled teachers, beside RS-KD's
 #   make bench-text   how fast text becomes rows; ARGS="--tokenizer FOLDER --files FILE…" for real ones
@@ -22,7 +24,7 @@ CACHE := $(or $(XDG_CACHE_HOME),$(if $(HOME),$(HOME),$(CURDIR))/.cache)/logitfer
 VLLM_VENV := $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-16)
 VLLM_PYTHON := PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
-.PHONY: quickstart test test-cluster test-vllm bench-dump bench-kills check lint test-full bench-codec bench-loss bench-train bench-sampling bench-text install clean
+.PHONY: quickstart test test-cluster test-vllm bench-dump bench-kills check lint test-full bench-codec bench-loss bench-loader bench-resume bench-train bench-sampling bench-text install clean
 
 install: $(VENV)/installed
 
@@ -64,6 +66,12 @@ bench-loss: install
 
 bench-train: install
 	$(BIN)/python -m tests.bench.train $(ARGS)
+
+bench-loader: install
+	$(BIN)/python -m tests.bench.loader $(ARGS)
+
+bench-resume: install
+	$(BIN)/python -m tests.bench.resume $(ARGS)
 
 bench-kills: install
 	$(BIN)/python -m tests.bench.kills $(ARGS)

@@ -83,16 +83,17 @@ def settle_attention(model: Any, asked: AttentionName, *, is_static: bool) -> At
             )
         logger.info("attention %s cannot pack %s: %s", name, type(model).__name__, fault)
     model.set_attn_implementation(own)
-    logger.info("rows are not packed: they would not stay apart in this model")
+    logger.info("rows are padded, not packed")
     return Attention(None)
 
 
 def _candidates(model: Any, own: str, is_static: bool) -> list[str]:
-    if own == "eager":  # the only one that applies a softcap
-        return ["eager"]
+    masked = "eager" if own == "eager" else "sdpa"  # a softcap is applied by eager attention alone
     parameter = next(model.parameters())
-    quick = ["flash_attention_2"] if has_variable_length_kernels(parameter.device, parameter.dtype) else []
-    return [*quick, "sdpa"] if is_static else [*quick, "varlen", "sdpa"]
+    has_kernels = own != "eager" and has_variable_length_kernels(parameter.device, parameter.dtype)
+    quick = ["flash_attention_2"] if has_kernels else []
+    # A mask costs more than the padding that it saves; where shapes are static there is padding anyway.
+    return [*quick, masked] if is_static else [*quick, "varlen"]
 
 
 def _fault(model: Any, attention: Attention, expected: Tensor) -> str | None:

@@ -5,7 +5,7 @@ They pass `verify --deep`: the realised token's value fits, kept ids and tail ad
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +90,34 @@ def made_rows(seed: int, num_rows: int, kept: Callable[..., Positions] = topk) -
     return [made_row(state, f"{seed}-zeile-ü-{n}", int(state.integers(4, 24)), kept) for n in range(num_rows)]
 
 
-def write_dataset(folder: Path, shards: Sequence[Sequence[LogitRow]], *, max_kl: float = 1e-4, **changes: Any) -> Path:
+def write_dataset(
+    folder: Path,
+    shards: Iterable[Sequence[LogitRow]],
+    *,
+    max_kl: float = 1e-4,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int = V,
+    **changes: Any,
+) -> Path:
     """A sealed dataset of these rows; `changes` go to the manifest."""
     keep = changes.pop("keep", {"method": "topk", "k": 6, "max_kl": max_kl})
     temperatures = [1.0, 2.0] if keep["method"] == "topk" else [1.0]
     untouched = float(np.float32(np.log(keep["tau"]))) if keep["method"] == "threshold" else None
-    storage, form = Storage(max_kl=max_kl, untouched_logp=untouched), row_format(keep, temperatures, V)
+    storage, form = Storage(max_kl=max_kl, untouched_logp=untouched), row_format(keep, temperatures, vocab_size)
     entries = []
     for number, rows in enumerate(shards):
         data, entry = encode_shard(rows, form, storage, f"data/part-{number:05d}.parquet")
         (folder / "data").mkdir(parents=True, exist_ok=True)
         (folder / entry.path).write_bytes(data)
         entries.append(entry)
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     tree: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "created_by": "logitferry tests",
-        "teacher": Teacher(name="made up", architecture="None", dtype="float32", vocab_size=V, revision="0" * 40),
-        "vocab_size": V,
+        "teacher": Teacher(
+            name="made up", architecture="None", dtype="float32", vocab_size=vocab_size, revision="0" * 40
+        ),
+        "vocab_size": vocab_size,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "chat_template_sha256": None,
         "keep": keep,

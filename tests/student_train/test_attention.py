@@ -118,10 +118,12 @@ def test_padding_never_asks_for_a_position_beyond_the_longest_row():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_to_itself_it_takes_the_quickest_that_is_right(family: str, tmp_path: Path):
     model = load(make_model(tmp_path, family=family))
-    wanted = "eager" if family == "gemma2_softcap" else "varlen"
-    assert settle_attention(model, "auto", is_static=False).name == wanted
-    if wanted == "varlen":
-        assert settle_attention(model, "auto", is_static=True).name == "sdpa"
+    has_softcap = family == "gemma2_softcap"
+    own = model.config._attn_implementation
+    assert settle_attention(model, "auto", is_static=False).name == (None if has_softcap else "varlen")
+    assert (model.config._attn_implementation == own) == has_softcap
+    model = load(tmp_path)
+    assert settle_attention(model, "auto", is_static=True).name == ("eager" if has_softcap else "sdpa")
 
 
 def mixing(model: Any) -> Any:
@@ -137,7 +139,8 @@ def test_a_model_that_mixes_rows_is_not_packed_and_says_so(tmp_path: Path, caplo
     own = model.config._attn_implementation
     with caplog.at_level("INFO", "logitferry"):
         assert settle_attention(model, "auto", is_static=False) == Attention(None)
-    assert "rows are not packed: they would not stay apart in this model" in caplog.text
+    assert "attention varlen cannot pack Qwen2ForCausalLM: a document" in caplog.text
+    assert "rows are padded, not packed" in caplog.text
     assert model.config._attn_implementation == own
     with pytest.raises(MismatchError, match=r"attention sdpa: Qwen2ForCausalLM cannot be packed with it: a document"):
         settle_attention(model, "sdpa", is_static=False)
