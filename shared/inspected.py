@@ -163,7 +163,10 @@ def open_inspected(path: str, tokenizer: str | None, overrides: Sequence[str]) -
     else:
         raise ConfigError(f"{path} has neither teacher nor student", next_step="name a dump's or a training's config")
     if text is None:
-        raise ConfigError(f"{path}: names neither data.dataset nor data.text")
+        raise ConfigError(
+            f"{path}: names neither data.dataset nor data.text",
+            next_step="of a mix, name one of its datasets or files: logit-shards inspect PATH",
+        )
     if tokenizer is not None:
         model = model.model_copy(update={"tokenizer": tokenizer})
     return InspectedText(text, model, context=True)
