@@ -10,7 +10,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from shared.dataset_cache import Origin
-from shared.errors import ConfigError, DamagedDataError, UnsealedDatasetError
+from shared.errors import ConfigError, DamagedDataError, DamagedShardError, UnsealedDatasetError
 from shared.files import sha256_of_bytes, sha256_of_file, why_no_file
 from shared.fingerprint import tokenizer_fingerprint
 from shared.folders import Folder, LocalFolder, open_folder
@@ -95,8 +95,13 @@ class LogitDataset:
             DamagedShardError: it is missing, or the columns cannot be read.
         """
         shard = self.manifest.shards[index]
-        if self.origin is None or (self.folder / shard.path).is_file():
+        if self.origin is None:
             return read_names(self.folder, shard)
+        if (self.folder / shard.path).is_file():
+            try:
+                return read_names(self.folder, shard)
+            except DamagedShardError:  # it is fetched again when it is read
+                pass
         with self.origin.opened(shard.path) as file:
             return names_in(pa.PythonFile(file, mode="r"), shard, f"{self.name}/{shard.path}")
 

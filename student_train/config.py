@@ -1,6 +1,6 @@
 """The config of `student-train`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,8 @@ class StudentSettings(ModelSettings):
 
 
 class SourceSettings(Settings):
+    ONE_SOURCE: ClassVar[str] = "name a dataset or text, one of the two"
+
     dataset: str | None = None
     """A sealed logit dataset: a folder or an fsspec URL."""
     text: TextSettings | None = None
@@ -30,9 +32,8 @@ class SourceSettings(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> "SourceSettings":
-        named = [name for name in ("dataset", "text", "mix") if getattr(self, name, None)]
-        if len(named) != 1:
-            raise ValueError("name a dataset or text, one of the two")
+        if sum(getattr(self, name, None) not in (None, []) for name in ("dataset", "text", "mix")) != 1:
+            raise ValueError(self.ONE_SOURCE)
         if self.dataset is None and self.on_too_long != "error":
             raise ValueError("on_too_long is for a dataset's rows; for text say text.on_too_long")
         return self
@@ -44,6 +45,8 @@ class MixedSettings(SourceSettings):
 
 
 class DataSettings(SourceSettings):
+    ONE_SOURCE = "name a dataset, text or mix, and one of them only"
+
     mix: list[MixedSettings] = []
     """Several datasets, or several texts; without weights each row comes equally often."""
     cache: str | None = None

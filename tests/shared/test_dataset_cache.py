@@ -91,6 +91,7 @@ def test_what_is_damaged_on_this_machine_is_fetched_again(
     kept = dataset.folder / "data/part-00000.parquet"
     for damage in (lambda data: data[:50] + b"?" + data[51:], lambda data: data[:-7], lambda _: b""):
         kept.write_bytes(damage(kept.read_bytes()))
+        assert dataset.sample_ids() == local.sample_ids()
         assert same_rows(dataset, local, 0)
     assert shards(fetched) == ["data/part-00000.parquet"] * 4
     assert caplog.text.count("is damaged and is fetched again") == 3

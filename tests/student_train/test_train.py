@@ -366,7 +366,7 @@ def test_a_loss_that_is_no_number_stops_with_the_rows_named(student_folder: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {}}, "name a dataset or text"),
+        ({"data": {}}, "name a dataset, text or mix"),
         ({"data": {"text": {"files": ["f"]}}}, "kd_weight above 0 needs data.dataset"),
         ({"steps": None}, "give epochs or steps"),
         ({"epochs": 1}, "give epochs or steps"),
