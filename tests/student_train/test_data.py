@@ -1,6 +1,7 @@
 """What a run trains on: several datasets by weight, each at the temperature of the loss, and what is held out."""
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from student_train.config import TrainSettings
 from student_train.train import Trainer
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.student_train.test_train import log_of, settings
+from tests.tiny import make_model, make_tokenizer
 
 
 def dumped(teacher: Path, folder: Path, name: str, num_records: int, **changes: Any) -> Path:
@@ -128,6 +130,39 @@ def test_rows_of_every_source_are_held_out(student_folder: Path, truth: Path, ro
     assert len(held_out) + len(trained) == 40
     assert not held_out & trained
     assert counts(sorted(held_out)).keys() == {"truth", "rollouts"}
+
+
+def test_rows_longer_than_the_students_context_are_refused(truth: Path, tmp_path: Path):
+    student = make_model(tmp_path / "short", max_position_embeddings=64)
+    make_tokenizer(student)
+    with pytest.raises(MismatchError, match=r"the student's context is 64, but .* has a row of \d+ tokens"):
+        Trainer(settings(student, tmp_path / "out", data__dataset=str(truth))).run()
+
+
+def test_rows_longer_than_the_students_context_are_cut_or_dropped_and_counted(truth: Path, tmp_path: Path):
+    student = make_model(tmp_path / "student", seed=2, num_hidden_layers=1, max_position_embeddings=100)
+    make_tokenizer(student)
+    blocks = range(len(LogitDataset.open(truth).manifest.shards))
+    whole = {row.sample_id: row for index in blocks for row in LogitDataset.open(truth).read_shard(index)}
+    long = {name for name, row in whole.items() if row.num_tokens > 100}
+    unanswered = {name for name in long if not whole[name].label_mask_L[:100].any()}
+    assert long - unanswered, "some are cut within an answer"
+    for policy, lost in (("truncate", unanswered), ("drop", long)):
+        trainer = Trainer(
+            settings(student, tmp_path / policy, data__dataset=str(truth), data__on_too_long=policy, rows_per_step=2)
+        )
+        [source] = trainer.data._sources
+        rows = {row.sample_id: row for index in blocks for row in source.read_block(index)}
+        assert rows.keys() == set(chain(*(ids.to_pylist() for ids in source.sample_ids))) == whole.keys() - lost
+        assert max(row.num_tokens for row in rows.values()) <= 100
+        assert sum(source.tally.values()) == len(long)
+        assert source.tally.get("truncated", 0) == (len(long - unanswered) if policy == "truncate" else 0)
+        for name, row in rows.items():
+            positions = row.num_positions
+            assert row.input_ids_L.tolist() == whole[name].input_ids_L[:100].tolist()
+            assert row.teacher.entropy_P.tolist() == whole[name].teacher.entropy_P[:positions].tolist()
+            kept = int(whole[name].teacher.kept_counts_P[:positions].sum())
+            assert row.teacher.kept_ids_E.tolist() == whole[name].teacher.kept_ids_E[:kept].tolist()
 
 
 def test_texts_are_mixed_for_plain_sft(student_folder: Path, truth: Path, rollouts: Path, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -306,39 +305,6 @@ def test_reverse_kl_is_refused_where_it_is_infinite(student_folder: Path, whole_
     with pytest.raises(MismatchError, match=r"row \S+, position \d+: the teacher's tail is empty(.|\n)*next: take"):
         Trainer(settings(wider, tmp_path / "wide", **changes)).run()
     Trainer(settings(wider, tmp_path / "jsd", **changes | {"loss__divergence": "jsd"})).run()
-
-
-def test_rows_longer_than_the_students_context_are_refused(dataset: Path, tmp_path: Path):
-    student = make_model(tmp_path / "short", max_position_embeddings=64)
-    make_tokenizer(student)
-    with pytest.raises(MismatchError, match=r"the student's context is 64, but .* has a row of \d+ tokens"):
-        Trainer(settings(student, tmp_path / "out", data__dataset=str(dataset))).run()
-
-
-def test_rows_longer_than_the_students_context_are_cut_or_dropped_and_counted(dataset: Path, tmp_path: Path):
-    student = make_model(tmp_path / "student", seed=2, num_hidden_layers=1, max_position_embeddings=100)
-    make_tokenizer(student)
-    blocks = range(len(LogitDataset.open(dataset).manifest.shards))
-    whole = {row.sample_id: row for index in blocks for row in LogitDataset.open(dataset).read_shard(index)}
-    long = {name for name, row in whole.items() if row.num_tokens > 100}
-    unanswered = {name for name in long if not whole[name].label_mask_L[:100].any()}
-    assert long - unanswered, "some are cut within an answer"
-    for policy, lost in (("truncate", unanswered), ("drop", long)):
-        trainer = Trainer(
-            settings(student, tmp_path / policy, data__dataset=str(dataset), data__on_too_long=policy, rows_per_step=2)
-        )
-        [source] = trainer.data._sources
-        rows = {row.sample_id: row for index in blocks for row in source.read_block(index)}
-        assert rows.keys() == set(chain(*(ids.to_pylist() for ids in source.sample_ids))) == whole.keys() - lost
-        assert max(row.num_tokens for row in rows.values()) <= 100
-        assert sum(source.tally.values()) == len(long)
-        assert source.tally.get("truncated", 0) == (len(long - unanswered) if policy == "truncate" else 0)
-        for name, row in rows.items():
-            positions = row.num_positions
-            assert row.input_ids_L.tolist() == whole[name].input_ids_L[:100].tolist()
-            assert row.teacher.entropy_P.tolist() == whole[name].teacher.entropy_P[:positions].tolist()
-            kept = int(whole[name].teacher.kept_counts_P[:positions].sum())
-            assert row.teacher.kept_ids_E.tolist() == whole[name].teacher.kept_ids_E[:kept].tolist()
 
 
 def test_damage_stops_training_before_it_is_trained_on(student_folder: Path, dataset: Path, tmp_path: Path):
