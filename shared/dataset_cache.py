@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from shared.errors import DamagedShardError
+from shared.errors import DamagedShardError, LogitferryError, OutputError
 from shared.files import claim_folder, sha256_of_bytes, sha256_of_file, write_atomically
 from shared.folders import Folder
 from shared.manifest import MANIFEST_NAME
@@ -74,6 +74,16 @@ class Origin:
             raise self._missing(path) from None
 
     def _keep(self, path: str, sha256: str, data: bytes | None) -> None:
+        try:
+            self._keep_in_turn(path, sha256, data)
+        except LogitferryError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"cache {self.local / path}: {error.strerror or error}", next_step="give another `cache`"
+            ) from error
+
+    def _keep_in_turn(self, path: str, sha256: str, data: bytes | None) -> None:
         local = self.local / path
         if _is(local, sha256):
             return

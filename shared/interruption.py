@@ -70,12 +70,13 @@ class Interruption:
 
 @contextmanager
 def held_back() -> Iterator[Interruption]:
-    """Hold signals back within a `with` block; but for those that are ignored, as in the background of a shell."""
+    """Hold signals back within a `with` block; but for those that are ignored, as in the background of a shell, or that
+    other than Python takes."""
     if threading.current_thread() is not threading.main_thread():
         yield Interruption()
         return
     earlier: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = {number: handler for number, handler in earlier.items() if handler is not signal.SIG_IGN}
+    taken = {number: handler for number, handler in earlier.items() if handler not in (signal.SIG_IGN, None)}
     interruption = Interruption(earlier)
     for number in taken:
         signal.signal(number, interruption._take)

@@ -46,6 +46,30 @@ def made_ahead(items: Iterable[T], depth: int, stop: threading.Event | None = No
                 future.cancel()
 
 
+class MadeAhead(Iterator[T]):
+    """The same; a wait for an item may be broken off by an exception and taken up again.  Close it at the end.
+
+    Closing waits for nothing: what is being made then is finished in its thread and forgotten.
+    """
+
+    def __init__(self, items: Iterable[T], depth: int, stop: threading.Event) -> None:
+        self._items, self._stop = iter(items), stop
+        self._executor = ThreadPoolExecutor(1)
+        self._pending = deque(self._executor.submit(next, self._items, _END) for _ in range(depth))
+
+    def __next__(self) -> T:
+        item = self._pending[0].result()
+        if item is _END:
+            raise StopIteration
+        self._pending.append(self._executor.submit(next, self._items, _END))
+        self._pending.popleft()
+        return item  # pyright: ignore[reportReturnType]
+
+    def close(self) -> None:
+        self._stop.set()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
 def put_away(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
     """`work` of each item in order, done while the next items are made; at most `depth` wait.
 

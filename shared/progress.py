@@ -15,9 +15,9 @@ LINE_INTERVAL_S = 30.0
 class Ticker:
     """Counts units of work done and shows them."""
 
-    def __init__(self, label: str, total: int | None, unit: str, *, shown: bool = True) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, *, done: int = 0, shown: bool = True) -> None:
         self._label, self._total, self._unit, self._shown = label, total, unit, shown
-        self._done = 0
+        self._done = self._done_before = done
         self._start_s = self._last_line_s = time.monotonic()
         self._bar: Progress | None = None
 
@@ -28,7 +28,7 @@ class Ticker:
             self._bar.update(self._bar.task_ids[0], completed=self._done, note=note)
         elif self._shown and (now := time.monotonic()) - self._last_line_s >= LINE_INTERVAL_S:
             self._last_line_s = now
-            rate = self._done / (now - self._start_s)
+            rate = (self._done - self._done_before) / (now - self._start_s)
             line = f"{self._label}: {self._done}{self._of_total(rate)}"
             print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
 
@@ -49,7 +49,7 @@ class Ticker:
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
         )
-        self._bar.add_task(self._label, total=self._total, note="")
+        self._bar.add_task(self._label, total=self._total, completed=self._done, note="")
         return self._bar
 
 
@@ -59,9 +59,12 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(label: str, total: int | None, unit: str, *, shown: bool = True) -> Iterator[Ticker]:
-    """A ticker for the length of a `with` block; `total` is None where nobody knows it beforehand."""
-    ticker = Ticker(label, total, unit, shown=shown)
+def progress(label: str, total: int | None, unit: str, *, done: int = 0, shown: bool = True) -> Iterator[Ticker]:
+    """A ticker for the length of a `with` block; `total` is None where nobody knows it beforehand.
+
+    `done` was done before, and has no part in the rate.
+    """
+    ticker = Ticker(label, total, unit, done=done, shown=shown)
     if shown and sys.stderr.isatty():
         with ticker._show_bar():
             yield ticker

@@ -30,6 +30,8 @@ logger = logging.getLogger("logitferry")
 
 VARLEN = "logitferry_varlen"
 PROBE_LENGTHS = (5, 3, 7)
+CHANGES_ATTENTION = ("softcap", "s_aux", "position_bias", "head_mask")
+"""What some models hand to their attention besides queries, keys and values."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ def settle_attention(model: Any, asked: AttentionName, *, is_static: bool) -> At
         MismatchError: what was asked for cannot be had, or mixes documents.
     """
     own = model.config._attn_implementation
+    if fault := _never_packed(model):
+        if asked != "auto":
+            raise MismatchError(f"{type(model).__name__} cannot be packed: {fault}", next_step="set packing: false")
+        logger.info("rows are padded, not packed: %s", fault)
+        return Attention(None)
     expected = _alone(model)
     for name in _candidates(model, own, is_static) if asked == "auto" else [asked]:
         fault = _fault(model, Attention(name), expected)
@@ -87,13 +94,32 @@ def settle_attention(model: Any, asked: AttentionName, *, is_static: bool) -> At
     return Attention(None)
 
 
+def _never_packed(model: Any) -> str | None:
+    """What a few tokens would not show: rows whose positions are turned by an angle that depends on the longest one."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {str(each.get("rope_type")) for each in [rope, *rope.values()] if isinstance(each, dict)}
+    longest = sorted(kinds & {"dynamic", "longrope"})
+    return f"its {longest[0]} positions depend on the longest row of a pass" if longest else None
+
+
+def _unseen_window(model: Any, windows: Sequence[int | None]) -> str | None:
+    """A window or chunk that the model means to apply by a mask alone, which `varlen` does without."""
+    config = model.config.get_text_config()
+    for name in ("sliding_window", "attention_chunk_size"):
+        meant = getattr(config, name, None)
+        if meant is not None and meant < getattr(config, "max_position_embeddings", meant + 1) and meant not in windows:
+            return f"its {name} of {meant} is a mask's"
+    return None
+
+
 def _candidates(model: Any, own: str, is_static: bool) -> list[str]:
-    masked = "eager" if own == "eager" else "sdpa"  # a softcap is applied by eager attention alone
-    parameter = next(model.parameters())
-    has_kernels = own != "eager" and has_variable_length_kernels(parameter.device, parameter.dtype)
-    quick = ["flash_attention_2"] if has_kernels else []
     # A mask costs more than the padding that it saves; where shapes are static there is padding anyway.
-    return [*quick, masked] if is_static else [*quick, "varlen"]
+    if own == "eager":  # the only one that applies a softcap
+        return ["eager"] if is_static else []
+    parameter = next(model.parameters())
+    quick = ["flash_attention_2"] if has_variable_length_kernels(parameter.device, parameter.dtype) else []
+    return [*quick, "sdpa" if is_static else "varlen"]
 
 
 def _fault(model: Any, attention: Attention, expected: Tensor) -> str | None:
@@ -101,13 +127,16 @@ def _fault(model: Any, attention: Attention, expected: Tensor) -> str | None:
     own, fault = model.config._attn_implementation, None
     try:
         model.set_attn_implementation(VARLEN if attention.name == "varlen" else attention.name)
-        got, changed = _packed(model, attention, shift=0), _packed(model, attention, shift=1)
+        windows: list[int | None] = []
+        got, changed = (_packed(model, attention, shift=shift, windows=windows) for shift in (0, 1))
         difference = float((got - expected).norm() / expected.norm())
-        first = PROBE_LENGTHS[0]
+        first = len(_probe_ids(model)[0])
         if not difference <= max(1e-4, 8 * torch.finfo(next(model.parameters()).dtype).eps):
             fault = f"a document is not what it is alone, relative difference {difference:.1e}"
         elif not torch.equal(got[first:], changed[first:]):
             fault = "a document has an influence on those behind it"
+        elif attention.name == "varlen":
+            fault = _unseen_window(model, windows)
     except Exception as error:  # whatever a model's own code raises for what it does not know
         fault = (str(error).strip() or type(error).__name__).splitlines()[0]
     if fault is not None:
@@ -118,8 +147,10 @@ def _fault(model: Any, attention: Attention, expected: Tensor) -> str | None:
 def _probe_ids(model: Any, shift: int = 0) -> list[Tensor]:
     """Documents of unlike tokens; `shift` changes the first one alone."""
     vocab_size, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
-    every = torch.arange(sum(PROBE_LENGTHS), device=device) * 7 % vocab_size
-    documents = list(every.split(list(PROBE_LENGTHS)))
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(PROBE_LENGTHS)
+    lengths = [min(length, most) for length in PROBE_LENGTHS]
+    every = torch.arange(sum(lengths), device=device) * 7 % vocab_size
+    documents = list(every.split(lengths))
     return [(documents[0] + shift) % vocab_size, *documents[1:]]
 
 
@@ -131,14 +162,15 @@ def _alone(model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _packed(model: Any, attention: Attention, *, shift: int) -> Tensor:
+def _packed(model: Any, attention: Attention, *, shift: int, windows: list[int | None]) -> Tensor:
     documents = _probe_ids(model, shift)
     position_ids = torch.cat([torch.arange(len(ids), device=ids.device) for ids in documents])[None]
     with evaluating(model):
         output = model.base_model(
             input_ids=torch.cat(documents)[None],
             use_cache=False,
-            **attention.arguments(position_ids, PROBE_LENGTHS),
+            **attention.arguments(position_ids, [len(ids) for ids in documents]),
+            **({"windows": windows} if attention.name == "varlen" else {}),
         )
     return output.last_hidden_state[0].float()
 
@@ -165,15 +197,21 @@ def varlen_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **_: Any,
+    windows: list[int | None] | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document, in the form that transformers asks of an attention function.
 
-    G key heads serve H query heads.  Without lengths every line is one document.
+    G key heads serve H query heads.  Without lengths every line is one document.  `windows` takes down which sliding
+    windows were asked for.
 
     Raises:
-        ValueError: there is a mask; documents are all that this knows.
+        ValueError: there is a mask, or something else that changes attention; documents are all that this knows.
     """
+    if windows is not None:
+        windows.append(sliding_window)
+    if unknown := [name for name in CHANGES_ATTENTION if others.get(name) is not None]:
+        raise ValueError(f"variable-length attention knows nothing of {unknown[0]}")
     if attention_mask is not None:
         raise ValueError("variable-length attention takes documents, not a mask")
     parts = []

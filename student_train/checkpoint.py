@@ -123,9 +123,9 @@ class Checkpoints:
                 sync_folder(self._folder)
                 self._remove_old()
             self._ranks.barrier()
-        except OSError as error:
+        except (OSError, CheckpointException) as error:
             raise OutputError(
-                f"checkpoint {target} cannot be written: {error.strerror or error}",
+                f"checkpoint {target} cannot be written: {_reason(error)}",
                 next_step="make room, then run the same command again: it goes on from the one before",
             ) from error
         logger.info("checkpoint: %s", target)
@@ -151,10 +151,13 @@ class Checkpoints:
             shutil.rmtree(path)
 
     def _remove_old(self) -> None:
-        for path in self._found()[: -self._keep]:
-            doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")  # so that no half of it looks like a whole one
-            path.replace(doomed)
-            shutil.rmtree(doomed)
+        try:
+            for path in self._found()[: -self._keep]:
+                doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")  # no half of it may look like a whole one
+                path.replace(doomed)
+                shutil.rmtree(doomed)
+        except OSError as error:  # the new one is there, and that is what matters
+            logger.warning("an old checkpoint cannot be removed: %s", error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,11 +229,18 @@ class Checkpoint:
                 load(tensors, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=self._ranks.count == 1)
         except (CheckpointException, RuntimeError, ValueError) as error:
             raise DamagedDataError(
-                f"{self.folder}: the tensors are not those of this model: {str(error).splitlines()[0]}",
-                next_step=f"remove {self.folder}",
+                f"{self.folder}: the tensors are not those of this model: {_reason(error)}",
+                next_step="give the run another `output`; the checkpoint may still be good for the release it is from",
             ) from None
         trained.take(tensors, self._rest)
         trained.schedule.load_state_dict(self._schedule)
+
+
+def _reason(error: BaseException) -> str:
+    """Of torch's own exception for whatever went wrong on any rank, what that was."""
+    if isinstance(error, CheckpointException):
+        error = next((failure[0] for failure in error.failures.values()), error)
+    return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class SourceSettings(Settings):
 
 
 class MixedSettings(SourceSettings):
-    weight: float | None = Field(default=None, gt=0.0)
+    weight: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """Its share of the rows of every step, up to a factor; for all of the mix or for none."""
 
 

@@ -1,11 +1,12 @@
 """What a run trains on and is measured by: settings to a stream of batches and some held-out rows."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import ConfigError, MismatchError
+from shared.overlap import MadeAhead
 from student_train.config import DataSettings, TrainSettings
 from student_train.objective import Objective
 from student_train.passes import ForwardPass
@@ -42,8 +43,14 @@ class TrainingData:
         self._weights = [source.weight for source in settings.data.mix if source.weight is not None]
         fraction = settings.held_out.fraction
         self.held_out = _held_out(settings, student, self._sources)
+        selections = [
+            Selection.of(source.at(at), lambda name: not is_held_out(name, fraction)) for source in self._sources
+        ]
+        for source, selection in zip(self._sources, selections, strict=True):
+            if not selection.num_rows:
+                raise ConfigError(f"{source.name}: no row is left to train on", next_step="hold out a smaller fraction")
         self.stream = Stream(
-            [Selection.of(source.at(at), lambda name: not is_held_out(name, fraction)) for source in self._sources],
+            selections,
             weights=self._weights or None,
             rows_per_step=settings.rows_per_step,
             seed=settings.seed,
@@ -58,8 +65,8 @@ class TrainingData:
         """Of one epoch."""
         return self.stream.num_rows
 
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """This rank's share of steps first … last − 1, ready before it is asked for.
+    def batches(self, first: int, last: int) -> MadeAhead[Batch]:
+        """This rank's share of steps first … last − 1, ready before it is asked for; to be closed at the end.
 
         Raises:
             DamagedDataError: a shard is not what was written; not one row of it has been seen.

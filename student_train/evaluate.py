@@ -6,7 +6,6 @@ from itertools import islice
 
 import torch
 
-from shared.errors import LogitferryError
 from shared.interruption import Interruption
 from student_train.attention import evaluating
 from student_train.objective import Objective
@@ -38,14 +37,13 @@ def evaluate(
 ) -> HeldOutMeans | None:
     """Every row once, by all ranks together; None where one of them is asked to stop meanwhile, or cannot go on.
 
-    Raises:
-        LogitferryError: why this one cannot go on.
+    Raises whatever keeps this one from going on.
     """
     ranks, interruption = ranks or Ranks(), interruption or Interruption()
     mine, error = None, None
     try:
         mine = interruption.unless_asked(lambda: _sums(student, selections, ranks))
-    except LogitferryError as raised:  # told when the others know that there is nothing to wait for
+    except Exception as raised:  # told when the others know that there is nothing to wait for
         error = raised
     *totals, num_broken_off = ranks.sums([*(mine or (0.0, 0.0, 0.0)), mine is None])
     if error is not None:

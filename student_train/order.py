@@ -76,7 +76,7 @@ class Order:
     def __post_init__(self) -> None:
         assert 0 < len(self.block_sizes) == len(self.weights)
         assert min(*map(sum, self.block_sizes), *self.weights) > 0
-        fractions = [Fraction(weight).limit_denominator(1_000_000_000) for weight in self.weights]
+        fractions = [Fraction(str(weight)) for weight in self.weights]  # the number that was written
         scale = math.lcm(*(each.denominator for each in fractions))
         whole = [int(each * scale) for each in fractions]
         object.__setattr__(self, "_whole", tuple(each // math.gcd(*whole) for each in whole))
@@ -125,8 +125,9 @@ class Order:
 
     def _epoch(self, source: int, epoch: int) -> Int64:
         kept = self._orders.setdefault(source, {})
-        if epoch not in kept:
-            kept[epoch] = epoch_order(self.block_sizes[source], self.spread, self.seed, source, epoch)
-            for other in [each for each in kept if abs(each - epoch) > 1]:
-                del kept[other]
-        return kept[epoch]
+        order = kept.get(epoch)  # other threads may ask for steps as well
+        if order is None:
+            order = kept[epoch] = epoch_order(self.block_sizes[source], self.spread, self.seed, source, epoch)
+            for other in [each for each in list(kept) if abs(each - epoch) > 1]:
+                kept.pop(other, None)
+        return order

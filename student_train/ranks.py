@@ -44,13 +44,13 @@ class Ranks:
         return total.tolist()
 
     def average_gradients_(self, model: nn.Module) -> None:
-        """The mean over ranks of every gradient, in place; a rank without one has a gradient of 0."""
-        if self.count == 1:
-            return
+        """The mean over ranks of every gradient, in place; a parameter without one has a gradient of 0."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.count == 1:
+            return
         for some in _runs([parameter.grad for parameter in parameters if parameter.grad is not None]):
             flat = torch.cat([gradient.flatten() for gradient in some])
             distributed.all_reduce(flat)

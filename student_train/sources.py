@@ -38,6 +38,11 @@ class Source(Protocol):
     """Rows in blocks.  Ids are known without reading the rows."""
 
     @property
+    def name(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
     def sample_ids(self) -> Sequence[pa.StringArray]:
         """Of each block."""
         ...
@@ -92,6 +97,10 @@ class DatasetSource:
     """What became of longer rows."""
 
     @property
+    def name(self) -> str:
+        return self.dataset.name
+
+    @property
     def temperatures(self) -> list[float]:
         return list(self.dataset.manifest.temperatures)
 
@@ -144,6 +153,10 @@ class TextSource:
     tally: Tally
     temperatures: tuple[float, ...] = ()
     is_sampled: bool = False
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.files)
 
     @property
     def sample_ids(self) -> list[pa.StringArray]:

@@ -4,12 +4,15 @@ Which rows those are is settled in `student_train.order`, without reading one.  
 before the step that needs them; whatever goes wrong with a block reaches the one who asks for a step that needs it, and
 not before.
 
-Memory: `shuffle_blocks` decoded blocks of each source, and those that are read ahead.
+Memory: `shuffle_blocks` decoded blocks of each source and those that are read ahead; for the length of a block at the
+border of two epochs the blocks of both.  Reads: every block once an epoch, but for one that `shuffle_blocks` exceed,
+where those at its border are read twice.
 """
 
 import hashlib
+import math
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +22,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ConfigError
-from shared.overlap import made_ahead
+from shared.overlap import MadeAhead
 from shared.records import first_of_repeats
 from shared.rows import Row
 from student_train.order import Order, Refs
@@ -93,9 +95,7 @@ class Stream:
     """The rows of several selections, mixed by weight, epoch after epoch.
 
     `weights` are their shares of the rows, up to a factor; None takes as many as each has.
-
-    Raises:
-        ConfigError: there is not one row.
+    None of the selections is empty.
     """
 
     def __init__(
@@ -108,8 +108,6 @@ class Stream:
         shuffle_blocks: int,
         num_threads: int = 1,
     ) -> None:
-        if not all(selection.num_rows for selection in selections):
-            raise ConfigError("no row is left to train on", next_step="hold out a smaller fraction")
         self._selections, self._num_threads = list(selections), num_threads
         self.order = Order(
             block_sizes=tuple(selection.sizes for selection in selections),
@@ -124,39 +122,48 @@ class Stream:
         """Of one epoch of every selection."""
         return self.order.num_rows
 
-    def steps(self, first: int, last: int) -> Iterator[StepRows]:
-        """The rows of steps first … last − 1."""
-        order, upcoming, asked = self.order, deque[Refs](), first
+    def steps(self, first: int, last: int, stop: threading.Event | None = None) -> Iterator[StepRows]:
+        """The rows of steps first … last − 1, or until `stop` is set."""
+        upcoming, asked = deque[Refs](), first
         with ThreadPoolExecutor(self._num_threads, "shards") as threads:
-            blocks = _Blocks(self._read, threads, self._num_blocks_held())
+            blocks = _Blocks(self._read, threads, self._patience())
             try:
                 for step in range(first, last):
                     while asked < min(last, step + 1 + self._num_steps_ahead()):
-                        upcoming.append(order.step(asked))
-                        blocks.ask_for(upcoming[-1].blocks())
+                        upcoming.append(self.order.step(asked))
+                        blocks.ask_for(upcoming[-1].blocks(), asked)
                         asked += 1
                     refs = upcoming.popleft()
-                    found = {block: blocks.rows(block) for block in refs.blocks()}
+                    found = {block: blocks.rows(block, step) for block in refs.blocks()}
+                    if stop is not None and stop.is_set():
+                        return
                     places = zip(refs.source_R.tolist(), refs.block_R.tolist(), refs.row_R.tolist(), strict=True)
                     yield StepRows(step=step, rows=[found[source, block][row] for source, block, row in places])
+                    blocks.let_go(step, asked)
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
 
-    def made_ahead(self, first: int, last: int, make: Callable[[StepRows], T]) -> Iterator[T]:
+    def made_ahead(self, first: int, last: int, make: Callable[[StepRows], T]) -> MadeAhead[T]:
         """What `make` makes of the rows of each step, in a thread of its own and before it is asked for."""
         stop = threading.Event()
-        steps = self.steps(first, last)
-        made = (make(rows) for rows in steps if not stop.is_set())
-        return made_ahead(made, STEPS_AHEAD, stop)
+        return MadeAhead(map(make, self.steps(first, last, stop)), STEPS_AHEAD, stop)
 
     def _read(self, block: tuple[int, int]) -> list[Row]:
         source, index = block
         return self._selections[source].read(index)
 
-    def _num_blocks_held(self) -> int:
-        """Those that a batch is drawn from, and of each source one more that is read ahead for each thread."""
-        spread = self.order.spread
-        return sum(min(spread, len(each.blocks)) + 1 + self._num_threads for each in self._selections)
+    def _patience(self) -> list[int]:
+        """For how many steps a block of each source may go unused before it is taken to be done with.
+
+        Its rows come evenly spread among those of M blocks: one in M/share rows.  That eight times as many pass without
+        one happens once in 3,000 times, and then it is read again.
+        """
+        order, total = self.order, sum(self.order.weights)
+        gaps = [
+            min(order.spread, len(each.blocks)) * total / weight
+            for each, weight in zip(self._selections, order.weights, strict=True)
+        ]
+        return [STEPS_AHEAD + math.ceil(8 * gap / order.rows_per_step) for gap in gaps]
 
     def _num_steps_ahead(self) -> int:
         """As many as use up a block, so that the next one is read before it is needed."""
@@ -165,24 +172,29 @@ class Stream:
 
 
 class _Blocks:
-    """Blocks that are read by threads and held until others take their place: those that were used least recently."""
+    """Blocks that are read by threads and held until no step has asked for them for a while."""
 
     def __init__(
-        self, read: Callable[[tuple[int, int]], list[Row]], threads: ThreadPoolExecutor, num_held: int
+        self, read: Callable[[tuple[int, int]], list[Row]], threads: ThreadPoolExecutor, patience: Sequence[int]
     ) -> None:
-        self._read, self._threads, self._num_held = read, threads, num_held
-        self._held: OrderedDict[tuple[int, int], Future[list[Row]]] = OrderedDict()
+        self._read, self._threads, self._patience = read, threads, patience
+        self._held: dict[tuple[int, int], Future[list[Row]]] = {}
+        self._last_step: dict[tuple[int, int], int] = {}
 
-    def ask_for(self, blocks: Iterable[tuple[int, int]]) -> None:
+    def ask_for(self, blocks: Iterable[tuple[int, int]], step: int) -> None:
         for block in blocks:
             if block not in self._held:
                 self._held[block] = self._threads.submit(self._read, block)
-            self._held.move_to_end(block)
-        while len(self._held) > self._num_held:
-            self._held.popitem(last=False)[1].cancel()
+            self._last_step[block] = step
 
-    def rows(self, block: tuple[int, int]) -> list[Row]:
+    def rows(self, block: tuple[int, int], step: int) -> list[Row]:
         """Waits for them; raises what came up when they were read."""
-        if block not in self._held:  # was put away too early
-            self.ask_for([block])
+        self.ask_for([] if block in self._held else [block], step)
         return self._held[block].result()
+
+    def let_go(self, done: int, asked: int) -> None:
+        """Of all steps before `asked`, those up to `done` are done."""
+        for (source, index), last in list(self._last_step.items()):
+            if last <= done and last < asked - self._patience[source]:
+                self._held.pop((source, index)).cancel()
+                del self._last_step[source, index]

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 
 from shared.config import load_settings, settings_yaml
 from shared.device import pick_device
-from shared.errors import ConfigError, LogitferryError, MismatchError, NonFiniteError, OutputError
+from shared.errors import ConfigError, MismatchError, NonFiniteError, OutputError
 from shared.files import claim_folder, write_atomically
 from shared.interruption import Interruption, held_back
 from shared.progress import Ticker, progress
@@ -40,6 +41,8 @@ MODEL_FOLDER = "model"
 LOG_NAME = "log.jsonl"
 CONFIG_NAME = "config.yaml"
 RUN_NAME = "run.json"
+MEANS = {"batch_tokens", "packing", "static_shapes", "loader_threads", "checkpoint", "device", "deterministic"}
+"""Settings that say how, not what: a run is the same run with others."""
 STAGE_SETTINGS = ("optimizer", "rows_per_step", "shuffle_blocks", "seed")
 """With the loss, the number of steps and the share that is held out: without these as they were, no run goes on."""
 
@@ -53,7 +56,8 @@ def finished_run(settings: TrainSettings) -> dict[str, Any] | None:
     output = Path(settings.output)
     if not (output / MODEL_FOLDER).exists():
         return None
-    if load_settings(TrainSettings, output / CONFIG_NAME) != settings:
+    trained = load_settings(TrainSettings, output / CONFIG_NAME)
+    if trained.model_dump(exclude=MEANS) != settings.model_dump(exclude=MEANS):
         raise MismatchError(
             f"{output / MODEL_FOLDER} was trained with other settings, see {output / CONFIG_NAME}",
             next_step="give this run another `output`, or remove the folder",
@@ -123,38 +127,38 @@ class Trainer:
             after, seconds = (done.step, done.seconds) if done else (None, 0.0)
             with (
                 RunLog(self._output / LOG_NAME, after=after, seconds=seconds, writes=self._ranks.is_first) as log,
-                progress("train", self._steps, "steps", shown=self._ranks.is_first) as bar,
+                progress("train", self._steps, "steps", done=after or 0, shown=self._ranks.is_first) as bar,
             ):
-                bar.advance(after or 0)
                 waited_s = self._run_steps(after or 0, log, bar, interruption)
-                return self._finish(log, waited_s)
+                return self._finish(log, waited_s / max(log.seconds - seconds, 1e-9))
 
     def _run_steps(self, first: int, log: RunLog, bar: Ticker, interruption: Interruption) -> float:
         """All steps that are left.  Returns how long the data were waited for."""
-        batches, waited_s = self.data.batches(first, self._steps), 0.0
+        waited_s = 0.0
         self._saved_step, self._saved_s = first, time.monotonic()
-        for step in range(first, self._steps + 1):
-            batch, error, begin_s = None, None, 0.0
-            try:
-                self._evaluate(step, log, interruption)
+        with closing(self.data.batches(first, self._steps)) as batches:
+            for step in range(first, self._steps + 1):
+                batch, error, begin_s = None, None, 0.0
+                try:
+                    self._evaluate(step, log, interruption)
+                    begin_s = time.monotonic()
+                    batch = interruption.unless_asked(lambda: next(batches, None))
+                except Exception as raised:  # whatever it is, what was done before is saved first
+                    error = raised
+                wait_s = time.monotonic() - begin_s
+                self._save_or_stop(step, log, interruption, error)
+                if batch is None:
+                    break
                 begin_s = time.monotonic()
-                batch = interruption.unless_asked(lambda: next(batches, None))
-            except LogitferryError as raised:  # what was done before is saved first
-                error = raised
-            wait_s = time.monotonic() - begin_s
-            self._save_or_stop(step, log, interruption, error)
-            if batch is None:
-                break
-            begin_s = time.monotonic()
-            entry = self._step(batch)
-            taken_s = time.monotonic() - begin_s + wait_s
-            waited_s += wait_s
-            speed = {"tokens_per_s": round(batch.num_tokens / taken_s, 1), "wait": round(wait_s / taken_s, 4)}
-            log.write({"step": step + 1} | entry | speed | {"waste": round(batch.waste, 4)})
-            bar.advance(note=" ".join(f"{key} {entry[key]:.4f}" for key in ("ce", "kd") if key in entry))
+                entry = self._step(batch)
+                taken_s = time.monotonic() - begin_s + wait_s
+                waited_s += wait_s
+                speed = {"tokens_per_s": round(batch.num_tokens / taken_s, 1), "wait": round(wait_s / taken_s, 4)}
+                log.write({"step": step + 1} | entry | speed | {"waste": round(batch.waste, 4)})
+                bar.advance(note=" ".join(f"{key} {entry[key]:.4f}" for key in ("ce", "kd") if key in entry))
         return waited_s
 
-    def _save_or_stop(self, step: int, log: RunLog, interruption: Interruption, error: LogitferryError | None) -> None:
+    def _save_or_stop(self, step: int, log: RunLog, interruption: Interruption, error: Exception | None) -> None:
         """What has to be settled between steps, and by all ranks alike: is it time for a checkpoint, or to end?"""
         every = self._settings.checkpoint
         is_due = bool(every.every_steps) and step % (every.every_steps or 1) == 0
@@ -163,7 +167,12 @@ class Trainer:
         num_asked, num_failed, num_due = self._ranks.sums([interruption.came, error is not None, is_due])
         ends = num_asked or num_failed
         if step > self._saved_step and (ends or (num_due and step < self._steps)):
-            self._save(step, log)
+            try:
+                self._save(step, log)
+            except OutputError as unsaved:
+                if error is None:
+                    raise
+                logger.warning("%s", unsaved)  # and what went wrong before it is told as well
         if error is not None:
             raise error
         if num_failed:
@@ -219,6 +228,12 @@ class Trainer:
 
     def _resume(self) -> Progress | None:
         checkpoint = self._checkpoints.newest()
+        step = checkpoint.progress.step if checkpoint else 0
+        if self._ranks.sums([step, step**2]) != [self._ranks.count * step, self._ranks.count * step**2]:
+            raise OutputError(
+                f"the ranks see unlike checkpoints in {self._output}, this one step {step}",
+                next_step="give an `output` on a file system that all of them share",
+            )
         if checkpoint is None:
             return None
         done = checkpoint.progress
@@ -240,21 +255,26 @@ class Trainer:
         data = {str(index): each for index, each in enumerate(self.data.identity())}
         return {"dataset": data, "stage": stage} | self.student.identity()
 
-    def _finish(self, log: RunLog, waited_s: float) -> dict[str, Any]:
+    def _finish(self, log: RunLog, wait: float) -> dict[str, Any]:
         held_out = log.evaluated.get(self._steps)
         result = {
             "steps": self._steps,
             "rows_per_epoch": self.data.num_rows,
             "seconds": round(log.seconds, 3),
-            "wait": round(waited_s / log.seconds, 4),
+            "wait": round(wait, 4),
             "held_out": held_out,
             "data": self.data.record(),
             "model": str(self._output / MODEL_FOLDER),
         }
-        if self._ranks.is_first:
-            write_atomically(self._output / RUN_NAME, json.dumps(result, indent=1).encode())
-            self.student.save(self._output / MODEL_FOLDER)
-        self._ranks.barrier()
+        error = None
+        try:
+            if self._ranks.is_first:
+                write_atomically(self._output / RUN_NAME, json.dumps(result, indent=1).encode())
+                self.student.save(self._output / MODEL_FOLDER)
+        except OSError as raised:
+            reason = raised.strerror or raised
+            error = OutputError(f"{result['model']} cannot be written: {reason}", next_step="make room, then run again")
+        self._save_or_stop(self._steps, log, Interruption(), error)  # with a checkpoint, if there is room for that
         return result
 
 

@@ -126,6 +126,44 @@ def test_left_to_itself_it_takes_the_quickest_that_is_right(family: str, tmp_pat
     assert settle_attention(model, "auto", is_static=True).name == ("eager" if has_softcap else "sdpa")
 
 
+def test_a_softcap_is_never_left_out(tmp_path: Path):
+    """In bfloat16 a few tokens would not show it: their difference drowns in rounding."""
+    folder = make_model(tmp_path, family="gemma2_softcap", attn_logit_softcapping=5.0)
+    model = load_model(ModelSettings(model=str(folder)), dtype=torch.bfloat16, device=CPU)
+    with pytest.raises(MismatchError, match="knows nothing of softcap"):
+        settle_attention(model, "varlen", is_static=False)
+    assert settle_attention(model, "auto", is_static=False) == Attention(None)
+
+
+def test_a_window_that_is_a_masks_alone_is_found(tmp_path: Path):
+    """Phi's experts never tell their attention of it; it would be left out without a word."""
+    config = transformers.PhimoeConfig(
+        vocab_size=307, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=32, max_position_embeddings=512, num_local_experts=2, bos_token_id=None,
+    )  # fmt: skip
+    transformers.PhimoeForCausalLM(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with pytest.raises(MismatchError, match="its sliding_window of 32 is a mask's"):
+        settle_attention(model, "varlen", is_static=False)
+    assert settle_attention(model, "auto", is_static=True).name == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_row_are_not_packed(kind: str, tmp_path: Path):
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, **factors}
+    model = load(make_model(tmp_path, rope_parameters=rope))
+    assert settle_attention(model, "auto", is_static=False) == Attention(None)
+    with pytest.raises(MismatchError, match=f"cannot be packed: its {kind} positions depend on the longest row"):
+        settle_attention(model, "sdpa", is_static=False)
+
+
+def test_a_context_shorter_than_the_trial_is_tried_within_it(tmp_path: Path):
+    config = transformers.GPT2Config(vocab_size=307, n_embd=24, n_layer=1, n_head=2, n_positions=4, bos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert settle_attention(load(tmp_path), "auto", is_static=False).name in ("varlen", None)
+
+
 def mixing(model: Any) -> Any:
     """A model with a convolution along the line, as state space models have one: attention is not all that mixes."""
     layer = model.base_model.layers[0].mlp

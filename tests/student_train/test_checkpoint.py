@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from shared.errors import DamagedDataError, MismatchError, OutputError
 from student_train.checkpoint import Checkpoints, Progress, Trained, seed_step
@@ -225,22 +226,43 @@ def test_tensors_of_another_shape_are_refused(model_folder: Path, tmp_path: Path
         newest(tmp_path).restore(other)
 
 
+@pytest.mark.parametrize("where", ["tensors", "others"])
 def test_where_there_is_no_room_the_earlier_ones_stay(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """What goes wrong with tensors comes as an exception of torch's own that is no Exception."""
     trained = trained_for(model_folder, 1)
     checkpoints(tmp_path).save(progress(2), trained)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("student_train.checkpoint.sync_tree", full)
+    if where == "tensors":
+        monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    else:
+        monkeypatch.setattr("student_train.checkpoint.sync_tree", full)
     with pytest.raises(OutputError, match=r"step-00000004 cannot be written: No space left(.|\n)*make room"):
         checkpoints(tmp_path).save(progress(4), trained)
     monkeypatch.undo()
     assert newest(tmp_path).progress.step == 2
     checkpoints(tmp_path).save(progress(4), trained)
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
+
+
+def test_an_old_one_that_cannot_be_removed_is_no_reason_to_stop(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    trained = trained_for(model_folder, 1)
+    for step in (2, 4):
+        checkpoints(tmp_path).save(progress(step), trained)
+
+    def busy(*_: Any, **__: Any) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr("student_train.checkpoint.shutil.rmtree", lambda path, **o: busy() if not o else None)
+    checkpoints(tmp_path).save(progress(6), trained)
+    assert newest(tmp_path).progress.step == 6
+    assert "an old checkpoint cannot be removed" in caplog.text
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path):

@@ -165,6 +165,17 @@ def test_rows_longer_than_the_students_context_are_cut_or_dropped_and_counted(tr
             assert row.teacher.kept_ids_E.tolist() == whole[name].teacher.kept_ids_E[:kept].tolist()
 
 
+def test_a_source_of_which_nothing_is_left_is_named(student_folder: Path, truth: Path, rollouts: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=rf"{truth}: no row is left to train on"):
+        trainer_of(
+            student_folder,
+            tmp_path / "out",
+            {"dataset": str(truth)},
+            {"dataset": str(rollouts)},
+            held_out__fraction=0.9999,
+        )
+
+
 def test_texts_are_mixed_for_plain_sft(student_folder: Path, truth: Path, rollouts: Path, tmp_path: Path):
     texts = [{"text": {"files": [str(each.with_suffix(".jsonl"))]}, "weight": 1} for each in (truth, rollouts)]
     trainer = trainer_of(student_folder, tmp_path / "out", *texts, loss__kd_weight=0)

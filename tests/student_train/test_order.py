@@ -70,6 +70,13 @@ def test_every_source_has_its_share_after_any_number_of_rows(weights: list[float
         assert abs(counts[source] - num_rows * weight / sum(weights)) <= len(weights) / 2 + 0.5
 
 
+@pytest.mark.parametrize("weights", [[1e-10, 2e-10], [1e-10, 1.0, 1.0], [1e300, 1.0], [1e-9, 1e9], [0.1, 0.2]])
+def test_weights_of_any_size_are_shares(weights: list[float]):
+    counts = Counter(order_of(*([[7, 5]] * len(weights)), weights=weights, rows_per_step=300).step(7).source_R.tolist())
+    for source, weight in enumerate(weights):
+        assert counts[source] == pytest.approx(300 * weight / sum(weights), abs=2)
+
+
 def test_sources_take_turns_and_each_goes_through_its_own_epochs():
     order = order_of([4, 4], [2], weights=[3, 1], rows_per_step=8)
     assert order.step(0).source_R.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from shared.errors import DamagedDataError, MismatchError
+from shared.errors import DamagedDataError, MismatchError, OutputError
 from student_train.config import TrainSettings
 from student_train.data import Batch, TrainingData
 from student_train.evaluate import evaluate
@@ -295,3 +295,70 @@ def test_a_new_run_in_a_folder_that_was_killed_before_its_first_checkpoint_start
     (output / "log.jsonl").write_text('{"step": 0, "held_out": {"positions": 1, "ce": 9.0, "kl": 9.0}}\n')
     Trainer(run_settings(student, dataset, output)).run()
     require_same(output, uninterrupted)
+
+
+def test_a_parameter_that_no_row_uses_is_no_obstacle(
+    student: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An expert that nothing was sent to, a tower for pictures: without a gradient there is no optimizer state."""
+    run = run_settings(student, dataset, tmp_path / "out")
+
+    def with_spare() -> Trainer:
+        trainer = Trainer(run)
+        spare = torch.nn.Parameter(torch.ones(3))
+        trainer.student.model.register_parameter("spare", spare)
+        trainer._trained.optimizer.add_param_group({"params": [spare], "initial_lr": 1e-3})
+        trainer._trained.schedule.base_lrs.append(1e-3)
+        trainer._trained.schedule.lr_lambdas.append(trainer._trained.schedule.lr_lambdas[0])
+        return trainer
+
+    with monkeypatch.context() as patched:
+        interrupt_in_step(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            with_spare().run()
+    assert with_spare().run()["steps"] == STEPS
+
+
+def test_a_model_that_cannot_be_written_leaves_a_checkpoint_of_the_last_step(
+    student: Path, dataset: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_settings(student, dataset, tmp_path / "out")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Student, "save", full)
+        with pytest.raises(OutputError, match="model cannot be written: No space left"):
+            Trainer(run).run()
+    assert (tmp_path / f"out/checkpoints/step-{STEPS:08d}/complete.json").is_file()
+    result = Trainer(run).run()
+    assert result["wait"] <= 1
+    require_same(tmp_path / "out", uninterrupted)
+
+
+def test_a_finished_run_is_the_same_run_with_other_means(student: Path, dataset: Path, uninterrupted: Path):
+    means = {"loader_threads": 7, "batch_tokens": 99, "packing": False, "deterministic": False}
+    assert finished_run(run_settings(student, dataset, uninterrupted, **means)) is not None
+    with pytest.raises(MismatchError, match="was trained with other settings"):
+        finished_run(run_settings(student, dataset, uninterrupted, seed=3))
+
+
+def test_an_error_of_any_kind_while_data_are_awaited_leaves_a_checkpoint(
+    student: Path, dataset: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_settings(student, dataset, tmp_path / "out")
+    make = TrainingData._batch
+
+    def broken(data: TrainingData, of: Any) -> Batch:
+        if of.step == 6:
+            raise ValueError("a mistake of ours")
+        return make(data, of)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingData, "_batch", broken)
+        with pytest.raises(ValueError, match="a mistake of ours"):
+            Trainer(run).run()
+    assert (tmp_path / "out/checkpoints/step-00000006/complete.json").is_file()
+    Trainer(run).run()
+    require_same(tmp_path / "out", uninterrupted)

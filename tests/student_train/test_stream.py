@@ -1,5 +1,8 @@
 """The stream: every row once an epoch, in an order that depends on the rows and the seed alone."""
 
+import os
+import signal
+import threading
 import time
 import weakref
 from dataclasses import replace
@@ -11,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import ConfigError, DamagedDataError, MismatchError
+from shared.errors import DamagedDataError, MismatchError
+from shared.interruption import held_back
 from shared.layout import Chat
 from shared.models_config import ModelSettings
 from shared.pretrained import load_tokenizer
@@ -83,18 +87,69 @@ class Counted(TextSource):
         return rows
 
 
-def test_memory_is_bounded_by_the_blocks_that_rows_are_drawn_from_and_each_is_read_once_an_epoch():
-    plain = source_of([20] * 50)
-    source = Counted(files=[], blocks=plain.blocks, tally=Tally())
-    Counted.reads.clear()
-    stream, most = stream_of(source, rows_per_step=10, shuffle_blocks=6), 0
-    for each in stream.steps(0, 100):
+def test_memory_is_bounded_by_the_blocks_that_rows_are_drawn_from():
+    """Those under way, one for each that is let go or read ahead; at the border of epochs those of both."""
+    source = Counted(files=[], blocks=source_of([100] * 30).blocks, tally=Tally())
+    stream, most = stream_of(source, rows_per_step=25, shuffle_blocks=6), {"within": 0, "border": 0}
+    for each in stream.steps(0, 360):
+        kind = "within" if 40 < each.step % 120 < 110 else "border"
         del each
-        most = max(most, len(Counted.alive))
-    assert 100 < most <= (6 + 3) * 20
-    # Those at the border of the epoch hold rows of its beginning and of its end.
-    assert sorted(set(Counted.reads)) == list(range(50))
-    assert len(Counted.reads) <= 50 + 6
+        most[kind] = max(most[kind], len(Counted.alive))
+    assert 500 < most["within"] <= (6 + 3) * 100
+    assert most["border"] <= (2 * 6 + 3) * 100
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows_per_step", "spread", "num_steps", "most"),
+    [
+        ([[100] * 30], 25, 6, 360, 3 * (30 + 6)),
+        ([[100] * 30], 300, 6, 30, 3 * (30 + 6)),  # a step is larger than a block
+        ([[100] * 30], 3, 6, 2000, 2 * (30 + 6)),
+        ([[100] * 5], 20, 8, 250, 5),  # all are under way, in every epoch
+        ([[100] * 30, [8] * 60], 40, 6, 150, (30 + 6) + 7 * (60 + 6)),  # the small blocks go by seven times as often
+    ],
+)
+def test_a_block_is_read_once_an_epoch_and_again_at_its_border(
+    sizes: list[list[int]], rows_per_step: int, spread: int, num_steps: int, most: int
+):
+    Counted.reads.clear()
+    sources = [Counted(files=[], blocks=source_of(each).blocks, tally=Tally()) for each in sizes]
+    weights = [1.0] * len(sizes)
+    for _ in stream_of(*sources, rows_per_step=rows_per_step, shuffle_blocks=spread, weights=weights).steps(
+        0, num_steps
+    ):
+        pass
+    assert set(Counted.reads) == set(range(max(map(len, sizes))))
+    assert len(Counted.reads) <= most
+
+
+def test_a_wait_that_is_broken_off_and_a_close_wait_for_nothing():
+    """Whoever is asked to stop has a checkpoint to write, however slow the data are and however much is left."""
+    source = Slow(files=[], blocks=source_of([10] * 3000).blocks, tally=Tally())
+    steps = stream_of(source, rows_per_step=10, shuffle_blocks=1).made_ahead(0, 3000, lambda rows: rows.step)
+    assert next(steps) == 0
+    begin_s = time.monotonic()
+    with held_back() as interruption:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        while interruption.unless_asked(lambda: next(steps)) is not None:
+            pass
+    assert time.monotonic() - begin_s < 5
+    assert next(steps) > 0, "the wait can be taken up again"
+    begin_s = time.monotonic()
+    steps.close()
+    assert time.monotonic() - begin_s < 0.2
+    read = len(Slow.reads)
+    time.sleep(1)
+    assert len(Slow.reads) <= read + 8, "nothing more is read than what was begun"
+
+
+class Slow(TextSource):
+    reads: ClassVar[list[int]] = []
+
+    def read_block(self, index: int) -> list[Row]:
+        self.reads.append(index)
+        time.sleep(0.3)
+        return self.blocks[index]
 
 
 class Broken(TextSource):
@@ -143,11 +198,6 @@ def test_repeats_of_one_content_are_never_split():
 
 def test_ids_of_ones_own_are_split_whatever_they_look_like():
     assert {is_held_out(f"gsm8k#{n}", 0.5) for n in range(30)} == {True, False}
-
-
-def test_nothing_left_to_train_on_is_an_error():
-    with pytest.raises(ConfigError, match="no row is left"):
-        stream_of(source_of([3]), takes=lambda _: False)
 
 
 @pytest.fixture(scope="module")
