@@ -236,3 +236,30 @@ def test_a_bucket_that_is_not_there_and_a_server_that_is_gone(
     assert ran.returncode == 1, errors
     assert "s3://nowhere/out/.probe-" in errors
     assert "cannot be written: The specified bucket does not exist\n  next: make the bucket" in errors
+
+
+READ = """
+import sys
+from pathlib import Path
+from shared.dataset import LogitDataset
+
+here, cache = LogitDataset.open(sys.argv[1]), Path(sys.argv[2])
+there = LogitDataset.open("s3://bucket/read", cache=cache)
+assert there.sample_ids() == here.sample_ids()
+assert not list(cache.rglob("*.parquet")), "of ids only their columns are read"
+there.tokenizer()
+for index in (1, 0, 1):
+    rows = zip(there.read_shard(index), here.read_shard(index), strict=True)
+    assert all((one.input_ids_L == other.input_ids_L).all() for one, other in rows)
+assert len(list(cache.rglob("*.parquet"))) == 2
+print("read")
+"""
+
+
+@pytest.mark.cluster
+def test_a_sealed_dataset_is_read_shard_by_shard(store: Store, sealed: LogitDataset, tmp_path: Path):
+    """As a student reads it, in a process of its own."""
+    for name, data in files_of(sealed.folder).items():
+        store.client.put_object(Bucket="bucket", Key=f"read/{name}", Body=data)
+    command = [sys.executable, "-c", READ, str(sealed.folder), str(tmp_path / "cache")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "read\n"
