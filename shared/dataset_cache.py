@@ -111,7 +111,7 @@ class Origin:
 
     @contextmanager
     def _locked(self, path: str) -> Iterator[None]:
-        lock = self.local / LOCKS_FOLDER / path.replace("/", "-")
+        lock = self.local / LOCKS_FOLDER / f"{path.replace('/', '-')}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # which ends with the process, however that ends
