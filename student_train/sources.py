@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from shared.dataset import LogitDataset
 from shared.errors import DamagedDataError, MismatchError
-from shared.fingerprint import RowsDigest, require_same_tokenizer
+from shared.fingerprint import RowsDigest, require_same_tokenizer, sha256_of_json
 from shared.manifest import losses_line
 from shared.progress import progress
 from shared.records import RecordReader
@@ -178,7 +178,7 @@ class TextSource:
         for block in self.blocks:
             for row in block:
                 digest.add(row)
-        return {"rows_digest": digest.text()}
+        return {"rows_digest": digest.text(), "blocks_sha256": sha256_of_json([len(block) for block in self.blocks])}
 
     def record(self) -> dict[str, Any]:
         return {"files": self.files, **self.identity(), "tally": asdict(self.tally)}
