@@ -67,9 +67,14 @@ class ChatRenderer:
                 f"tokenizer {tokenizer.name_or_path!r} has {number}",
                 next_step="put one chat_template.jinja beside its tokenizer.json, or name a file as chat_template",
             )
-        unknown = [name for name in settings.chat_template_kwargs if not re.search(rf"\b{re.escape(name)}\b", template)]
-        if unknown:
-            raise ConfigError(f"chat_template_kwargs: the chat template has no variable {unknown[0]!r}")
+        asked = {"chat_template_kwargs": list(settings.chat_template_kwargs)}
+        if settings.thinking_variable != "auto":
+            asked["thinking_variable"] = list(settings.thinking_variables)
+        for setting, names in asked.items():
+            if unknown := [name for name in names if not _is_in(template, name)]:
+                raise ConfigError(f"{setting}: the chat template has no variable {unknown[0]!r}")
+        free = [name for name in settings.thinking_variables if name not in settings.chat_template_kwargs]
+        self._switch = next((name for name in free if _is_in(template, name)), None)
         self._template = template
         self._has_marks = bool(GENERATION_MARK.search(template))
         own = {**tokenizer.special_tokens_map, "strftime_now": _refuse_clock}
@@ -89,11 +94,11 @@ class ChatRenderer:
         if self._settings.supervise == "everything":
             if any(turn.get("weight") == 0 for turn in chat.messages):
                 raise RecordError(f"{where}: a turn has weight 0, but supervise is everything")
-            text, _ = self._render(shown, where)
+            text, _ = self._render(shown, where, self._switched(shown))
             marked = MarkedText(text=text, supervised=((0, len(text)),))
         else:
             turns = self._wanted_turns(chat)
-            text, marks = self._render(shown, where, marks=self._has_marks)
+            text, marks = self._render(shown, where, self._switched(shown), marks=self._has_marks)
             if self._has_marks:
                 answers = self._marked_answers(text, marks, shown, turns, where)
             else:
@@ -148,10 +153,10 @@ class ChatRenderer:
 
     def _answer(self, whole: str, chat: Chat, index: int, where: str) -> Span:
         """Where turn `index` lies in the whole conversation."""
-        before, _ = self._render(_first_turns(chat, index), where, generation_prompt=True)
+        before = self._beginning(whole, chat, index, where, generation_prompt=True)
         upto = whole
         if index + 1 < len(chat.messages):
-            upto, _ = self._render(_first_turns(chat, index + 1), where)
+            upto = self._beginning(whole, chat, index + 1, where)
         for name, prefix in (("the prompt of", before), ("the conversation up to", upto)):
             if not whole.startswith(prefix):
                 at = next((i for i, (a, b) in enumerate(zip(whole, prefix, strict=False)) if a != b), len(whole))
@@ -163,6 +168,36 @@ class ChatRenderer:
                     "turns, or chat_template to one that has {% generation %} marks",
                 )
         return len(before), len(before) + self._control.length_to_end_of_turn(upto[len(before) :])
+
+    def _beginning(self, whole: str, chat: Chat, num_turns: int, where: str, *, generation_prompt: bool = False) -> str:
+        """The first turns, as they stand in the whole conversation if they can be made to.
+
+        What a template does with its switch in the last turn it may not do in earlier ones, and what it writes into the
+        system turn is settled by the last.
+        """
+        own = self._switched(_first_turns(chat, num_turns + generation_prompt))
+        text = ""
+        for variables in dict.fromkeys(tuple(each.items()) for each in (own, self._switched(chat), {})):
+            text, _ = self._render(
+                _first_turns(chat, num_turns), where, dict(variables), generation_prompt=generation_prompt
+            )
+            if whole.startswith(text):
+                break
+        return text
+
+    def _switched(self, chat: Chat) -> dict[str, bool]:
+        """The template's switch, as the last answer asks for it."""
+        answers = _assistant_turns(chat)
+        if self._switch is None or not answers:
+            return {}
+        return {self._switch: self._thinks(chat.messages[answers[-1]])}
+
+    def _thinks(self, turn: dict[str, Any]) -> bool:
+        """Has an answer reasoning, in a field of its own or between the tags?"""
+        opening, closing = self._settings.reasoning_tags
+        before, _, behind = (turn["content"] or "").partition(opening)
+        thought = behind.partition(closing)[0] if behind else before.partition(closing)[0] if closing in before else ""
+        return any(said.strip() for said in [thought, *(turn[key] for key in REASONING_KEYS if _is_text(turn, key))])
 
     def _are_reworded(self, text: str, answers: list[list[Span]], turns: list[dict[str, Any]], where: str) -> bool:
         """Is what the record's turns say not all in their answers, white space apart?  Reasoning is often dropped.
@@ -185,12 +220,18 @@ class ChatRenderer:
                     f"…{missing[0]!r} is not in …{answer[-2 * CONTENT_END_CHARACTERS :]!r}",
                     next_step="look at the template; chat_template names another",
                 )
-            thoughts = [turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str)]
+            thoughts = [turn[key] for key in REASONING_KEYS if _is_text(turn, key)]
             reworded |= any(said not in answer for said in [content, *map(_squeezed, thoughts)])
         return reworded
 
     def _render(
-        self, chat: Chat, where: str, *, generation_prompt: bool = False, marks: bool = False
+        self,
+        chat: Chat,
+        where: str,
+        variables: dict[str, Any],
+        *,
+        generation_prompt: bool = False,
+        marks: bool = False,
     ) -> tuple[str, list[Span]]:
         if not chat.messages:
             raise RecordError(f"{where}: the conversation opens with an assistant turn, nothing prompts it")
@@ -202,6 +243,7 @@ class ChatRenderer:
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=generation_prompt,
                 **self._variables,
+                **variables,
             )
         except _ReadsTheClockError:
             raise MismatchError(
@@ -230,6 +272,14 @@ class ChatRenderer:
 
 def _assistant_turns(chat: Chat) -> list[int]:
     return [index for index, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+
+
+def _is_in(template: str, name: str) -> bool:
+    return bool(re.search(rf"\b{re.escape(name)}\b", template))
+
+
+def _is_text(turn: dict[str, Any], key: str) -> bool:
+    return isinstance(turn.get(key), str)
 
 
 def _squeezed(text: str) -> str:

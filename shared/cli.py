@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -68,9 +68,14 @@ def read_config(kind: type[S], config: str, overrides: tuple[str, ...], *, print
     """The checked settings; with `print_config` they are printed and the command ends."""
     settings = load_settings(kind, config, overrides)
     if print_config:
-        click.echo(settings_yaml(settings), nl=False)
-        raise click.exceptions.Exit(0)
+        print_settings(settings)
     return settings
+
+
+def print_settings(settings: Settings) -> NoReturn:
+    """The effective config, and the end of the command."""
+    click.echo(settings_yaml(settings), nl=False)
+    raise click.exceptions.Exit(0)
 
 
 def emit(result: dict[str, Any], lines: list[str], *, as_json: bool) -> None:
@@ -170,6 +175,9 @@ def run_command(group: click.Command) -> None:
         code = INTERRUPTED_EXIT_CODE
     if code == INTERRUPTED_EXIT_CODE:
         click.echo(f"{stop.said or 'interrupted'}\n  next: run the same command again", err=True)
+        # A signal that came within an exec of source, as dataclasses do, makes `python -m` leave with 130 whatever is
+        # said here, unless another exec ends well.
+        exec("")
     sys.exit(code)
 
 

@@ -14,9 +14,9 @@ from shared.errors import ConfigError, DamagedDataError, DamagedShardError, Unse
 from shared.files import sha256_of_bytes, sha256_of_file, why_no_file
 from shared.fingerprint import tokenizer_fingerprint
 from shared.folders import Folder, LocalFolder, open_folder
-from shared.manifest import FINISH, MANIFEST_NAME, UNSEALED, Manifest, parse_manifest, read_manifest
+from shared.manifest import FINISH, MANIFEST_NAME, UNSEALED, Manifest, Shard, parse_manifest, read_manifest
 from shared.rows import LogitRow
-from shared.shard_reader import names_in, read_names, read_row_groups
+from shared.shard_reader import names_in, read_names, read_outlines, read_row_groups
 
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FOLDER = "data"
@@ -79,14 +79,22 @@ class LogitDataset:
 
     def row_groups(self, index: int) -> Iterator[list[LogitRow]]:
         """The rows of one shard, verified, as many at a time as a row group holds; raises DamagedShardError."""
-        shard = self.manifest.shards[index]
-        if self.origin is not None:
-            self.origin.provide(shard.path, shard.sha256)
-        return read_row_groups(self.folder, shard, self.manifest.row_format)
+        return read_row_groups(self.folder, self._provided(index), self.manifest.row_format)
 
     def read_shard(self, index: int) -> list[LogitRow]:
         """All rows of one shard, verified; raises DamagedShardError."""
         return list(chain.from_iterable(self.row_groups(index)))
+
+    def outlines(self, index: int) -> list[LogitRow]:
+        """The rows of one shard, verified, without kept ids and tails; raises DamagedShardError."""
+        return read_outlines(self.folder, self._provided(index), self.manifest.row_format)
+
+    def _provided(self, index: int) -> Shard:
+        """A shard that lies in the folder now."""
+        shard = self.manifest.shards[index]
+        if self.origin is not None:
+            self.origin.provide(shard.path, shard.sha256)
+        return shard
 
     def names(self, index: int) -> pa.Table:
         """The columns `sample_id` and `source` of one shard; nothing else is read, and no digest compared.

@@ -1,6 +1,7 @@
 """The one place that names a device.  The rest of the code reads the same on CPU, CUDA and Ascend NPU."""
 
 import os
+import re
 import resource
 
 import torch
@@ -34,6 +35,12 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here: {reason}", next_step="set device: auto") from None
     return device
+
+
+def make_current(device: torch.device) -> None:
+    """The one that libraries take where they are told none: of several processes each has its own."""
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -101,3 +108,50 @@ def has_variable_length_kernels(device: torch.device, dtype: torch.dtype) -> boo
     from transformers.utils.import_utils import is_flash_attn_2_available  # not needed to name a device
 
     return device.type == "cuda" and is_flash_attn_2_available()
+
+
+PEAK_TFLOPS: tuple[tuple[str, float, float | None], ...] = (
+    # Dense 16-bit matrix products that are summed in fp32, and fp32 without TF32, by the first line that a name fits.
+    # NVIDIA's data sheets, nvidia.com/en-us/data-center; where they give figures with sparsity, half of them.
+    (r"GB200", 2500.0, 80.0),
+    (r"GB300", 2500.0, None),
+    (r"B[23]00", 2250.0, 75.0),
+    (r"H100 NVL|H200 NVL", 835.5, 60.0),
+    (r"H[18]00 PCIe", 756.0, 51.0),
+    (r"H100|H200|H800|GH200", 989.4, 67.0),
+    (r"H20(-3e)?", 148.0, 44.0),
+    (r"A[18]00", 312.0, 19.5),
+    (r"A30", 165.0, 10.3),
+    (r"A40", 149.7, 37.4),
+    (r"A10", 125.0, 31.2),
+    (r"L40S", 362.05, 91.6),
+    (r"L40", 181.05, 90.5),
+    (r"L20", 119.5, 59.8),
+    (r"L4", 121.0, 30.3),
+    (r"RTX A6000", 154.8, 38.7),
+    (r"RTX 6000 Ada", 364.2, 91.1),
+    # NVIDIA's architecture white papers on GA102, Ada and Blackwell.
+    (r"RTX 5090(?! (D|Laptop))", 209.5, 104.8),
+    (r"RTX 4090(?! (D|Laptop))", 165.2, 82.6),
+    (r"RTX 3090(?! Ti)", 71.0, 35.6),
+    # amd.com/en/products/accelerators/instinct
+    (r"MI300X|MI325X", 1307.4, 163.4),
+)
+"""Of Ascend processors no data sheet tells the kinds of 910B and 910_93 apart; a guess would be worse than nothing."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The most operations per second that a device does in matrix products of a dtype; None where it is not known."""
+    ask = getattr(torch.get_device_module(device), "get_device_name", None)
+    return None if ask is None or device.type == "cpu" else peak_flops_of(str(ask(device)), dtype)
+
+
+def peak_flops_of(name: str, dtype: torch.dtype) -> float | None:
+    """The same of a device that torch calls so.  A slice of one (MIG) is not known."""
+    if "MIG" in name.split():
+        return None
+    for pattern, of_16_bits, of_fp32 in PEAK_TFLOPS:
+        if re.search(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", name):
+            found = {torch.bfloat16: of_16_bits, torch.float16: of_16_bits, torch.float32: of_fp32}.get(dtype)
+            return None if found is None else found * 1e12
+    return None

@@ -87,3 +87,11 @@ class OutputError(LogitferryError, OSError):
 
 class NonFiniteError(LogitferryError, ArithmeticError):
     """NaN or infinite numbers where finite ones are needed."""
+
+
+class NoMemoryError(LogitferryError, MemoryError):
+    """A device, or the host, has no room for what was asked of it."""
+
+
+class DivergedError(LogitferryError, ArithmeticError):
+    """A training step that is far from those before it."""

@@ -1,9 +1,4 @@
-"""`inspect --html`: rows as one page that needs nothing else, neither a network nor, to be read, JavaScript.
-
-Everything that comes from data is hostile until it is escaped: text by `html.escape`, numbers and names as JSON in a
-script element that does not run, with <, > and & spelled as escapes, from where the page's script takes it into text
-nodes alone.  Should that fail, the page's Content-Security-Policy still runs no script and takes no style but the two
-whose digests it names.
+"""`inspect --html`: rows as one page that needs nothing else, see `shared.page`.
 
 The page stays small: each distinct token is spelled out once, the most frequent with the lowest numbers, and
 log-probabilities are whole thousandths of a nat.  Above MAX_KEPT the least probable of every position are left out,
@@ -12,20 +7,17 @@ and the page says so.
 Shapes: L tokens of a row, P positions of a row, K kept of one position, U distinct tokens of the page.
 """
 
-import base64
-import hashlib
-import json
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
 
+from shared import page
 from shared.errors import ConfigError
 from shared.inspection import Inspector, surprise_labels, surprise_step
+from shared.page import escaped, escaped_token
 from shared.rows import Int32, Row
 from shared.spoken import Said, Spoken
 from shared.token_text import visible
@@ -34,35 +26,8 @@ MAX_TOKENS = 100_000
 MAX_KEPT = 512_000
 LISTED_SURPRISES = 10
 
-STYLE = Path(__file__).with_name("inspection_page.css").read_text(encoding="utf-8")
-SCRIPT = Path(__file__).with_name("inspection_page.js").read_text(encoding="utf-8")
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src '$style_digest'; \
-script-src '$script_digest'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-$legend
-</header>
-<div class="columns">
-<main>
-$rows
-</main>
-<aside id="panel" aria-live="polite" hidden></aside>
-</div>
-<script type="application/json" id="data">$data</script>
-<script>$script</script>
-</body>
-</html>
-""")
+STYLE = page.STYLE + Path(__file__).with_name("inspection_page.css").read_text(encoding="utf-8")
+SCRIPT = page.SCRIPT + Path(__file__).with_name("inspection_page.js").read_text(encoding="utf-8")
 
 
 def html_page(inspector: Inspector, shown: Sequence[tuple[Row, str]], *, title: str) -> str:
@@ -91,27 +56,13 @@ def html_page(inspector: Inspector, shown: Sequence[tuple[Row, str]], *, title: 
     if num_kept is not None:
         note = f"Too much for one page: of each position the {num_kept} most probable of the kept are shown."
         parts.insert(0, f'<p class="note">{note}  <code>--at T</code> shows all of one.</p>')
-    return PAGE.substitute(
-        title=escape(visible(title)),
-        legend=_legend(any(spoken is not None for *_, spoken in spoken_rows)),
-        rows="\n".join(parts),
-        data=_script_json(data),
-        style=STYLE,
-        script=SCRIPT,
-        style_digest=_digest(STYLE),
-        script_digest=_digest(SCRIPT),
+    legend = _legend(any(spoken is not None for *_, spoken in spoken_rows))
+    rows = "\n".join(parts)
+    body = (
+        f"<header>\n<h1>{escaped(title)}</h1>\n{legend}\n</header>\n"
+        f'<div class="columns">\n<main>\n{rows}\n</main>\n<aside id="panel" aria-live="polite" hidden></aside>\n</div>'
     )
-
-
-def _digest(source: str) -> str:
-    """As a Content-Security-Policy names an inline script or style."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-
-
-def _script_json(tree: Any) -> str:
-    """JSON that neither ends the script element that holds it nor opens anything in it."""
-    text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return page.html_document(title=title, body=body, data=data, style=STYLE, script=SCRIPT)
 
 
 def _kept_that_fit(all_spoken: Sequence[Spoken | None]) -> int | None:
@@ -164,7 +115,7 @@ def _thousandths(nats: float) -> int | None:
 def _legend(has_teacher: bool) -> str:
     if not has_teacher:
         return '<p class="legend"><span class="y">supervised</span> <span class="o">not supervised</span></p>'
-    steps = " ".join(f'<span class="s{step}">{escape(label)}</span>' for step, label in enumerate(surprise_labels()))
+    steps = " ".join(f'<span class="s{step}">{escaped(label)}</span>' for step, label in enumerate(surprise_labels()))
     note = "Surprise of the teacher, −log p of the token that came, in nats:"
     return f'<p class="legend">{note} {steps} <span class="o">not supervised</span></p>'
 
@@ -177,8 +128,8 @@ def _section(inspector: Inspector, row: Row, where: str, spoken: Spoken | None, 
         facts += [f"mean surprise {spoken.mean_surprise:.3f} nats", f"perplexity {spoken.perplexity:.4g}"]
         listed = spoken.most_surprising(LISTED_SURPRISES)
     return (
-        f'<section class="row" aria-label="row {number}">\n<h2>{escape(visible(row.sample_id))}</h2>\n'
-        f'<p class="facts">{escape(visible(" · ".join(fact for fact in facts if fact)))}</p>\n'
+        f'<section class="row" aria-label="row {number}">\n<h2>{escaped(row.sample_id)}</h2>\n'
+        f'<p class="facts">{escaped(" · ".join(fact for fact in facts if fact))}</p>\n'
         f"{_surprises(inspector, listed, number)}"
         f'<div class="text" dir="auto">{_text(inspector, row, spoken, number, {said.t for said in listed})}</div>\n'
         "</section>"
@@ -196,19 +147,14 @@ def _text(inspector: Inspector, row: Row, spoken: Spoken | None, number: int, ta
         classes += ["c"] * (token in inspector.tokens.control_ids) + ["e"] * (not part)
         attributes = f' class="{" ".join(classes)}"' if classes else ""
         attributes += f' id="r{number}t{t}"' if t in targets else ""
-        attributes += f' title="{escape(_tooltip(inspector, said))}"' if said else ""
-        spans.append(f"<span{attributes}>{_shown(part)}</span>")
+        attributes += f' title="{escaped(_tooltip(inspector, said))}"' if said else ""
+        spans.append(f"<span{attributes}>{escaped_token(part)}</span>")
     return "".join(spans)
-
-
-def _shown(part: str) -> str:
-    """Line feeds and tabs get a mark that is no text: what is copied from the page is the row."""
-    return escape(visible(part)).replace("\n", "<b></b>\n").replace("\t", "<u></u>\t")
 
 
 def _tooltip(inspector: Inspector, said: Said) -> str:
     tip = f"t {said.t} · {inspector.tokens.quoted(said.token)} p {math.exp(said.realised_logp):.3g}"
-    return visible(f"{tip} · {_instead(inspector, said)}")
+    return f"{tip} · {_instead(inspector, said)}"
 
 
 def _instead(inspector: Inspector, said: Said) -> str:
@@ -218,9 +164,11 @@ def _instead(inspector: Inspector, said: Said) -> str:
 
 def _surprises(inspector: Inspector, listed: Sequence[Said], number: int) -> str:
     items = [
-        f'<li><a href="#r{number}t{said.t}"><code>{escape(visible(inspector.tokens.quoted(said.token)))}</code></a> '
+        f'<li><a href="#r{number}t{said.t}"><code>{escaped(inspector.tokens.quoted(said.token))}</code></a> '
         f'<span class="s{surprise_step(said.surprise)}">{said.surprise:.2f}</span> '
-        f"<small>t {said.t}, {escape(visible(_instead(inspector, said)))}</small></li>"
+        f"<small>t {said.t}, {escaped(_instead(inspector, said))}</small></li>"
         for said in listed
     ]
-    return f"<details open><summary>Most surprising</summary>\n<ol>{''.join(items)}</ol></details>\n" if items else ""
+    if not items:
+        return ""
+    return f'<details class="worst" open><summary>Most surprising</summary>\n<ol>{"".join(items)}</ol></details>\n'

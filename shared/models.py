@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shared.errors import MismatchError
 from shared.models_config import ModelSettings
-from shared.pretrained import foreign_errors, load_config
+from shared.pretrained import foreign_errors, has_softcap, load_config
 
 PROBE_TOKENS = 8
 
@@ -70,8 +70,7 @@ def load_model(
         ConfigError: no such model, or one that needs remote code.
         MismatchError: weights are missing or have other shapes; transformers alone would fill them with noise.
     """
-    # transformers' other kinds of attention leave a softcap out in silence: Gemma 2 would say something else.
-    has_softcap = getattr(load_config(settings).get_text_config(), "attn_logit_softcapping", None) is not None
+    attention = "eager" if has_softcap(load_config(settings)) else None
     with foreign_errors("model", settings.model):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             settings.model,
@@ -79,7 +78,7 @@ def load_model(
             trust_remote_code=settings.trust_remote_code,
             dtype=dtype,
             device_map=device_map,
-            attn_implementation="eager" if has_softcap else None,
+            attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
         )

@@ -48,6 +48,12 @@ def load_config(settings: ModelSettings) -> Any:
         )
 
 
+def has_softcap(config: Any) -> bool:
+    """Whether attention has a softcap, which transformers' eager one alone applies: the others leave it out in
+    silence, and Gemma 2 would say something else."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
 def context_tokens(settings: ModelSettings) -> int | None:
     """The longest row that the model takes, as set or from its config alone; None where nothing states a limit."""
     if settings.max_model_len is not None:
@@ -73,10 +79,14 @@ def model_identity(settings: ModelSettings, *, dtype: str, engine: str) -> Teach
     folder = Path(settings.model)
     if not folder.is_dir():
         return Teacher(**identity, revision=getattr(config, "_commit_hash", None) or settings.revision)
-    weights = {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))}
     return Teacher(
-        **identity, config_sha256=sha256_of_file(folder / "config.json"), weights_sha256=sha256_of_json(weights)
+        **identity, config_sha256=sha256_of_file(folder / "config.json"), weights_sha256=weights_digest(folder)
     )
+
+
+def weights_digest(folder: Path) -> str:
+    """Of all files of weights in a model's folder."""
+    return sha256_of_json({file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))})
 
 
 @contextmanager

@@ -22,6 +22,9 @@ from shared.text_files import TextFile, find_text_files
 
 CONTENT_ID_DIGITS = 32
 
+ROLLOUT_SUFFIX = r"~[0-9a-f]{12}\.[0-9]+$"
+"""Of the sample id of a rollout, behind that of the row whose prompt it answers: who wrote it, and which reply it is."""
+
 logger = logging.getLogger("logitferry")
 
 
@@ -127,6 +130,11 @@ def first_of_repeats(sample_id: str) -> str:
     """The id of the first record of the same content; a record's own id is its own, whatever it looks like."""
     repeat = re.fullmatch(rf"([0-9a-f]{{{CONTENT_ID_DIGITS}}})#[0-9]+", sample_id)
     return repeat[1] if repeat else sample_id
+
+
+def asked_of(sample_id: str) -> str:
+    """The id of the row whose prompt a rollout answers; of anything else its own."""
+    return re.sub(ROLLOUT_SUFFIX, "", sample_id)
 
 
 def _source(raw: RawRecord, source_field: str | None) -> str | None:

@@ -63,6 +63,12 @@ class Row:
         return np.flatnonzero(self.label_mask_L) - 1
 
 
+def last_span(label_mask_L: Bool) -> tuple[int, int]:
+    """Where the last run of supervised tokens begins and ends; (0, 0) where none is supervised."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], label_mask_L, [False]])))
+    return (int(edges[-2]), int(edges[-1])) if len(edges) else (0, 0)
+
+
 R = TypeVar("R", bound="Row")
 
 

@@ -128,9 +128,52 @@ def table_to_rows(table: pa.Table, row_format: RowFormat, where: str) -> list[Lo
         entropy_P=values_of(column["entropy"]),
         tail_logsum_PT=np.stack(tails, axis=1) if tails else np.zeros((len(kept_counts_P), 0), np.float32),
     )
-    input_ids, label_mask = values_of(column["input_ids"]), values_of(column["label_mask"])
+    input_ids = values_of(column["input_ids"])
     _check_values(teacher, input_ids, row_format.vocab_size, where)
+    return _rows(column, token_offsets, position_offsets, input_ids, teacher, where)
+
+
+def outlines_of(table: pa.Table, row_format: RowFormat, where: str) -> list[LogitRow]:
+    """The rows of a table that has no more than text, realised_logprob and entropy: with no kept id and no tail.
+
+    Raises:
+        DamagedShardError, MisalignedRowError: as for `table_to_rows`.
+    """
+    column: dict[str, Any] = {name: whole(table[name]) for name in table.column_names}
+    if nulls := [name for name, values in column.items() if _has_null(values)]:
+        raise DamagedShardError(f"{where}: column {nulls[0]} holds nulls")
+    tokens, positions = _offsets(column["input_ids"]), _offsets(column["realised_logprob"])
+    for name, offsets in (("label_mask", tokens), ("entropy", positions)):
+        if not np.array_equal(_offsets(column[name]), offsets):
+            raise MisalignedRowError(f"{where}: column {name} does not run beside the others")
+    num_positions = int(positions[-1])
+    teacher = Positions(
+        kept_counts_P=np.zeros(num_positions, dtype=np.int32),
+        kept_ids_E=np.zeros(0, dtype=np.int32),
+        kept_logp_E=np.zeros(0, dtype=np.float32),
+        realised_logp_P=values_of(column["realised_logprob"]),
+        entropy_P=values_of(column["entropy"]),
+        tail_logsum_PT=np.zeros((num_positions, 0), dtype=np.float32),
+    )
+    input_ids = values_of(column["input_ids"])
+    _check_ranges(_rules_of_text(teacher, input_ids, row_format.vocab_size), where)
+    return _rows(column, tokens, positions, input_ids, teacher, where)
+
+
+def row_losses(table: pa.Table, row_format: RowFormat, where: str) -> Any:
+    """What storage lost in every row at each declared temperature [R, T]; raises DamagedShardError."""
+    lists: Any = whole(table["storage_loss"])
+    values, num_temperatures = values_of(lists), len(row_format.temperatures)
+    if np.any(np.diff(_offsets(lists)) != num_temperatures) or not np.all((values >= 0) & (values < np.inf)):
+        raise DamagedShardError(f"{where}: storage_loss is not one number of nats for each declared temperature")
+    return values.reshape(table.num_rows, num_temperatures)
+
+
+def _rows(
+    column: dict[str, Any], token_offsets: Any, position_offsets: Any, input_ids: Any, teacher: Positions, where: str
+) -> list[LogitRow]:
     rows: list[LogitRow] = []
+    label_mask = values_of(column["label_mask"])
     sample_ids, sources = (_strings(column[name], name, where) for name in ("sample_id", "source"))
     for index, positions in enumerate(teacher.split(np.diff(position_offsets).tolist())):
         tokens = slice(token_offsets[index], token_offsets[index + 1])
@@ -148,15 +191,6 @@ def table_to_rows(table: pa.Table, row_format: RowFormat, where: str) -> list[Lo
             raise MisalignedRowError(f"{where}:{index}: {error}") from None
         rows.append(row)
     return rows
-
-
-def row_losses(table: pa.Table, row_format: RowFormat, where: str) -> Any:
-    """What storage lost in every row at each declared temperature [R, T]; raises DamagedShardError."""
-    lists: Any = whole(table["storage_loss"])
-    values, num_temperatures = values_of(lists), len(row_format.temperatures)
-    if np.any(np.diff(_offsets(lists)) != num_temperatures) or not np.all((values >= 0) & (values < np.inf)):
-        raise DamagedShardError(f"{where}: storage_loss is not one number of nats for each declared temperature")
-    return values.reshape(table.num_rows, num_temperatures)
 
 
 def _strings(column: Any, name: str, where: str) -> list[str]:
@@ -177,19 +211,32 @@ def _check_values(teacher: Positions, input_ids: Any, vocab_size: int, where: st
     first_E = np.zeros(len(ids), dtype=bool)
     first_E[(np.cumsum(counts_P, dtype=np.int64) - counts_P)[counts_P > 0]] = True
     most = math.log(vocab_size) + ROUNDING_TOLERANCE
-    in_vocabulary, in_entropy, in_tail = (0, vocab_size - 1), (-LOGP_TOLERANCE, most), (-np.inf, most)
-    rules = {
-        f"input_ids lie in [0, {vocab_size})": _first_outside(input_ids, *in_vocabulary),
-        f"kept_ids lie in [0, {vocab_size})": _first_outside(ids, *in_vocabulary),
+    rules = _rules_of_text(teacher, input_ids, vocab_size) | {
+        f"kept_ids lie in [0, {vocab_size})": _first_outside(ids, 0, vocab_size - 1),
         "kept_ids ascend within a position": _first_false(first_E[1:] | (ids[1:] > ids[:-1]), ids[1:]),
         "every position keeps an id": _first_false(counts_P > 0, counts_P),
         "kept_logprobs are finite and at most 0": _first_outside(teacher.kept_logp_E, *LOGP_RANGE),
-        "realised_logprob is finite and at most 0": _first_outside(teacher.realised_logp_P, *LOGP_RANGE),
-        f"entropy is finite and at least 0, at most log {vocab_size}": _first_outside(teacher.entropy_P, *in_entropy),
-        f"tail_logsum is a number or -inf, at most log {vocab_size}": _first_outside(teacher.tail_logsum_PT, *in_tail),
+        f"tail_logsum is a number or -inf, at most log {vocab_size}": _first_outside(
+            teacher.tail_logsum_PT, -np.inf, most
+        ),
     }
-    broken = [f"{rule}, got {first}" for rule, first in rules.items() if first]
-    if broken:
+    _check_ranges(rules, where)
+
+
+def _rules_of_text(teacher: Positions, input_ids: Any, vocab_size: int) -> dict[str, str | None]:
+    """What must hold of the text and its labels, each with the first value that breaks it."""
+    most = math.log(vocab_size) + ROUNDING_TOLERANCE
+    return {
+        f"input_ids lie in [0, {vocab_size})": _first_outside(input_ids, 0, vocab_size - 1),
+        "realised_logprob is finite and at most 0": _first_outside(teacher.realised_logp_P, *LOGP_RANGE),
+        f"entropy is finite and at least 0, at most log {vocab_size}": _first_outside(
+            teacher.entropy_P, -LOGP_TOLERANCE, most
+        ),
+    }
+
+
+def _check_ranges(rules: dict[str, str | None], where: str) -> None:
+    if broken := [f"{rule}, got {first}" for rule, first in rules.items() if first]:
         raise DamagedShardError(f"{where}: does not hold: {'; '.join(broken)}")
 
 

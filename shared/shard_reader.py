@@ -25,11 +25,13 @@ from shared.files import why_no_file
 from shared.manifest import Shard
 from shared.parquet_headers import MAX_STRINGS_BYTES, Headers, read_headers
 from shared.rows import LogitRow
-from shared.schema import RowFormat, leaf, row_losses, table_to_rows, values_of, whole
+from shared.schema import RowFormat, leaf, outlines_of, row_losses, table_to_rows, values_of, whole
 
 REPAIR = "copy what is damaged again from where the dataset came from, or logit-shards repair {}"
 NAMES = pa.schema([pa.field("sample_id", pa.string(), nullable=False), pa.field("source", pa.string(), nullable=False)])
 """The columns that each shard begins with."""
+OUTLINE = ("sample_id", "source", "input_ids", "label_mask", "realised_logprob", "entropy")
+"""All but what the teacher says of other tokens than the label."""
 MAX_FOOTER_VALUES = 1 << 20
 """Elements of a list in the footer, e.g. row groups."""
 UNREADABLE = (OSError, ValueError, pa.ArrowException)  # ValueError: a string that is not UTF-8
@@ -53,6 +55,21 @@ def read_row_groups(folder: Path, shard: Shard, row_format: RowFormat) -> Iterat
             said = getattr(shard, name)
             if said != value if isinstance(value, int) else not np.allclose(value, said, rtol=1e-5):
                 raise DamagedShardError(f"{where}: the manifest says {name} {said}, the file holds {value}")
+
+
+def read_outlines(folder: Path, shard: Shard, row_format: RowFormat) -> list[LogitRow]:
+    """The rows of a shard without kept ids and tails, which are most of what decoding costs.
+
+    The whole file is hashed as ever.  Nothing is checked of columns that are not read.
+
+    Raises:
+        DamagedShardError: as for `read_row_groups`.
+    """
+    where = str(folder / shard.path)
+    with _next_step(folder):
+        data = checked_bytes(folder, shard, row_format)
+        tables = enumerate(tables_of(data, where, OUTLINE))
+        return [row for n, table in tables for row in outlines_of(table, row_format, f"{where}: row group {n}")]
 
 
 def read_tables(folder: Path, shard: Shard, row_format: RowFormat) -> Iterator[pa.Table]:
@@ -107,12 +124,12 @@ def names_in(source: pa.NativeFile, shard: Shard, where: str) -> pa.Table:
     return table
 
 
-def tables_of(data: pa.Buffer, where: str) -> Iterator[pa.Table]:
-    """Every row group of a shard's bytes, page checksums checked."""
+def tables_of(data: pa.Buffer, where: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Every row group of a shard's bytes, or some columns of it, page checksums checked."""
     with open_parquet(data, where) as file:
         for group in range(file.num_row_groups):
             try:
-                table = file.read_row_group(group)
+                table = file.read_row_group(group, columns=None if columns is None else list(columns))
             except UNREADABLE as error:
                 raise DamagedShardError(f"{where}: row group {group}: {_first_line(error)}") from None
             yield table

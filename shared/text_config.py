@@ -9,6 +9,9 @@ from shared.config import Settings
 RENDER_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "conversations", "chat_template"}
 
 
+THINKING_VARIABLES = ("enable_thinking", "thinking")
+
+
 class TextSettings(Settings):
     """Text to rows, for the dump and for SFT alike."""
 
@@ -37,6 +40,9 @@ class TextSettings(Settings):
     """A Jinja file to use instead of the tokenizer's own template, such as one with {% generation %} marks."""
     chat_template_kwargs: dict[str, Any] = {}
     """Extra variables for the chat template, e.g. {enable_thinking: false}."""
+    thinking_variable: str | None = "auto"
+    """Variable of the chat template that is true where an answer has reasoning, and false where it has none; auto takes
+    enable_thinking or thinking, whichever the template has and chat_template_kwargs does not set, and null none."""
     supervise: Literal["every_turn", "last_turn", "everything"] = "every_turn"
     """Which tokens of a chat are supervised: the assistant's, those of its last turn, or all.  Plain text is
     supervised as a whole, and ready tokens as their label_mask says."""
@@ -71,10 +77,17 @@ class TextSettings(Settings):
             raise ValueError("supervise: everything has the reasoning in it; say every_turn to leave it out")
         if not all(self.reasoning_tags):
             raise ValueError("reasoning_tags cannot be empty")
+        if self.thinking_variable in self.chat_template_kwargs:
+            raise ValueError(f"chat_template_kwargs sets {self.thinking_variable}, which is the thinking_variable")
         reserved = RENDER_VARIABLES & self.chat_template_kwargs.keys()
         if reserved:
             raise ValueError(f"chat_template_kwargs cannot hold {', '.join(sorted(reserved))}")
         return self
+
+    @property
+    def thinking_variables(self) -> tuple[str, ...]:
+        """Those that may be meant."""
+        return THINKING_VARIABLES if self.thinking_variable == "auto" else tuple(filter(None, [self.thinking_variable]))
 
     def named_forms(self) -> set[str]:
         """The forms of which a field is named."""

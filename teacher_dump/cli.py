@@ -21,9 +21,9 @@ from shared.config import CONFIG_SUFFIXES, Settings, check_settings, load_settin
 from shared.dataset import read_info
 from shared.errors import LogitferryError
 from shared.folders import open_folder
+from shared.workers import Share
 from teacher_dump.config import DumpSettings, TeacherSettings
 from teacher_dump.ledger import Ledger
-from teacher_dump.workers import Share
 
 # Modules that need torch, which takes seconds to import, are imported by the verbs: --help need not wait for it.
 

@@ -7,7 +7,6 @@ and tokenized in a thread, and the one before is encoded, hashed and written in 
 """
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,6 +21,7 @@ from shared.progress import progress
 from shared.records import RecordReader
 from shared.rows import Positions
 from shared.text_rows import TextRows
+from shared.workers import Share, share_of_process
 from teacher_dump.config import DumpSettings, RaySettings
 from teacher_dump.engines import open_engine, require_in_vocabulary, teacher_identity
 from teacher_dump.keep import keep_rule
@@ -31,7 +31,6 @@ from teacher_dump.planning import contents_of, make_plan, tokenizer_files
 from teacher_dump.scoring import Engine
 from teacher_dump.seal import require_same_units, seal, unseal
 from teacher_dump.units import Unit, UnitWork, read_units, scored_units, this_process
-from teacher_dump.workers import Share, array_hint
 
 UNITS_AHEAD = 2
 
@@ -51,7 +50,7 @@ def run_dump(
 ) -> Manifest | None:
     """Dump what is not done yet of this worker's share, and seal where nothing is left for anybody.
 
-    `share` is by default the one of the environment, see `workers`; `load` opens the teacher in this process, where
+    `share` is by default that of the environment, see `shared.workers`; `load` opens the teacher in this process, where
     there is anything to do.  Returns None where units are left to others, or with `plan_only`.
 
     Raises:
@@ -167,11 +166,4 @@ def _share_of(launcher: Launcher, given: Share | None) -> Share:
         if given is not None:
             raise ConfigError("--worker and --launcher ray exclude each other", next_step="give one of the two")
         return Share()
-    if given is not None:
-        return given
-    share, said = Share.of_environment(os.environ)
-    if said is not None:
-        logger.info("worker %s, by %s", share, said)
-    if share.count == 1 and (hint := array_hint(os.environ)) is not None:
-        logger.warning(hint)
-    return share
+    return share_of_process(given)

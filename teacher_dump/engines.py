@@ -18,9 +18,9 @@ def teacher_identity(settings: TeacherSettings) -> Teacher:
         ConfigError: there is no such model, or the engine is not installed.
     """
     if settings.engine == "vllm":
-        from teacher_dump.vllm_engine import require_vllm
+        from teacher_dump.vllm_engine import require_tested
 
-        version = require_vllm()
+        version = require_tested()
     else:
         import transformers
 

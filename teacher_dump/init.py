@@ -11,6 +11,7 @@ from shared.config import check_settings
 from shared.errors import ConfigError, OutputError
 from shared.files import write_atomically
 from shared.models_config import ModelSettings
+from shared.vllm_start import vllm_version
 from teacher_dump.commented_yaml import commented_yaml
 from teacher_dump.config import DumpSettings
 from teacher_dump.first_record import FirstRecord, first_record
@@ -90,7 +91,6 @@ def tokens_to_keep(tokenizer: Any) -> list[str]:
 
 def _engine_for_this_machine() -> tuple[str, str]:
     from shared.device import pick_device
-    from teacher_dump.vllm_engine import vllm_version
 
     version, device = vllm_version(), pick_device("auto")
     if version is None:

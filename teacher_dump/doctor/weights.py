@@ -1,20 +1,17 @@
-"""Whether a teacher's weights fit into memory, told from the headers of their files."""
+"""Whether a teacher's weights fit into memory."""
 
-import json
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from shared.errors import ConfigError
+from shared.amounts import size
+from shared.doctor.devices import host_memory, memory_of
+from shared.doctor.finding import Finding, attempt
+from shared.doctor.model import Opened
+from shared.doctor.weights import loaded_bytes
 from teacher_dump.config import TeacherSettings
-from teacher_dump.doctor.devices import devices_of, host_memory, memory_of
-from teacher_dump.doctor.finding import Finding, attempt, size
-from teacher_dump.doctor.run import Opened, dtypes_of
-
-INDEX_NAME = "model.safetensors.index.json"
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""What is cast to the teacher's dtype when it is loaded, with its bytes; anything else stays as it is."""
+from teacher_dump.doctor.devices import devices_of
+from teacher_dump.doctor.run import dtypes_of
 
 
 def weights(teacher: TeacherSettings, opened: Opened) -> Iterator[Finding]:
@@ -38,9 +35,8 @@ def weights(teacher: TeacherSettings, opened: Opened) -> Iterator[Finding]:
         return
     itemsize = pick_dtype(dtypes_of(teacher, opened)[0]).itemsize
     is_quantized = getattr(opened.config, "quantization_config", None) is not None
-    num_bytes = sum(_loaded_bytes(file, None if is_quantized else itemsize) for file in weight_files(folder))
-    vocab_size = opened.config.get_text_config().vocab_size
-    scratch = logits_bytes(teacher.chunk_positions, vocab_size, itemsize, torch.device(devices[0].type))
+    num_bytes = loaded_bytes(folder, None if is_quantized else itemsize)
+    scratch = logits_bytes(teacher.chunk_positions, opened.vocab_size, itemsize, torch.device(devices[0].type))
     what = f"{size(num_bytes)} once loaded and {size(scratch)} for logits"
     found = [memory_of(device) for device in devices]
     rooms = [room for room in found if room is not None]
@@ -52,42 +48,6 @@ def weights(teacher: TeacherSettings, opened: Opened) -> Iterator[Finding]:
     by_way_of_host = devices[0].type != "cpu" and teacher.engine == "transformers" and teacher.device_map is None
     if by_way_of_host and host is not None and num_bytes > host[1]:
         yield Finding("weights", "warning", f"{what}; they are loaded by way of the host, which has {size(host[1])}")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Those that are loaded; some repositories hold the same weights a second time under other names.
-
-    Raises:
-        ConfigError: one is missing, or there is none.
-    """
-    whole, index = folder / "model.safetensors", folder / INDEX_NAME
-    if whole.is_file():
-        names = [whole.name]
-    elif index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        what = f"{len(missing)} of {len(names)} files of weights, first {missing[0]}" if missing else "*.safetensors"
-        raise ConfigError(f"{folder} lacks {what}", next_step="download or copy the folder again, as a whole")
-    return [folder / name for name in names]
-
-
-def _loaded_bytes(file: Path, itemsize: int | None) -> int:
-    """From the header alone; floats count `itemsize` each, where they are cast."""
-    import safetensors
-
-    try:
-        with safetensors.safe_open(file, framework="np") as tensors:
-            slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118  it is no mapping
-            floats = [(math.prod(each.get_shape()), FLOATS.get(each.get_dtype())) for each in slices]
-            changes = [count * (itemsize - own) for count, own in floats if itemsize is not None and own is not None]
-            return file.stat().st_size + sum(changes)
-    except safetensors.SafetensorError as error:
-        raise ConfigError(
-            f"{file} is cut off, or not what it should be: {error}", next_step="download or copy it again"
-        ) from error
 
 
 def _fit(teacher: TeacherSettings, what: str, needed: int, rooms: list[tuple[int, int]], *, on_host: bool) -> Finding:

@@ -212,6 +212,16 @@ def test_cli_exit_code_says_what_happened(run, error, code, says):
     assert errors.lstrip().endswith(says)
 
 
+def test_cli_says_interrupted_also_where_the_signal_came_within_an_exec(tmp_path):
+    (tmp_path / "caught.py").write_text(
+        "import click\nfrom shared.cli import run_command\n\ndef stop():\n    raise KeyboardInterrupt\n\n"
+        "@click.command()\ndef dump():\n    exec('stop()')\n\nrun_command(dump)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{Path.cwd()}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-m", "caught"], env=environment, timeout=60, check=False)
+    assert done.returncode == 75
+
+
 def test_cli_gives_the_process_its_sigterm_handler_back(run):
     before = signal.getsignal(signal.SIGTERM)
     run(logit_shards.main, "--version")

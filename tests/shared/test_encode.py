@@ -189,6 +189,41 @@ def test_encode_gives_the_template_tools_and_tool_calls(tokenizer):
 ROUNDS = ("user", "two"), ("assistant", "five"), ("user", "red"), ("assistant", "blue")
 
 
+def asked_and_answered(tokenizer, content, **settings) -> list[str]:
+    """Behind the last user's turn."""
+    marked = runs(tokenizer, encode(tokenizer, content, QWEN_THINKING, **settings))
+    text = [text for _, text in marked][-3:-1]
+    return [text[0].rpartition("<|im_start|>assistant\n")[2], text[1]]
+
+
+def test_encode_gives_every_answer_the_prompt_that_asks_for_its_manner(tokenizer):
+    """The switch of the template: who asks for an answer without reasoning gets the empty one in the prompt."""
+    fast, slow = (
+        chat(("user", "two"), ("assistant", "five")),
+        chat(("user", "two"), ("assistant", "<think>\n2\n</think>5")),
+    )
+    field = Chat(messages=[*fast.messages[:1], fast.messages[1] | {"reasoning_content": "2"}])
+    said = "<think>\n2\n</think>\n\n5<|im_end|>"
+    both = {"supervise": "last_turn"}
+    assert asked_and_answered(tokenizer, fast, **both) == ["<think>\n\n</think>\n\n", "five<|im_end|>"]
+    assert asked_and_answered(tokenizer, slow, **both) == ["", said]
+    blank = chat(("user", "two"), ("assistant", "<think>\n\n</think>\n\nfive"))
+    assert asked_and_answered(tokenizer, blank, **both) == asked_and_answered(tokenizer, fast, **both)
+    assert asked_and_answered(tokenizer, field, **both)[0] == "", "reasoning in a field of its own"
+    for off in ({"thinking_variable": None}, {"chat_template_kwargs": {"enable_thinking": True}}):
+        assert asked_and_answered(tokenizer, fast, **off) == ["", "<think>\n\n</think>\n\nfive<|im_end|>"]
+    with pytest.raises(ConfigError, match="thinking_variable: the chat template has no variable 'thinks'"):
+        asked_and_answered(tokenizer, fast, thinking_variable="thinks")
+
+
+def test_encode_takes_answers_as_the_template_shows_them_whatever_its_switch(tokenizer):
+    """Where answers are shown without the empty reasoning, a prompt with one would be none of this conversation."""
+    empty = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    template = CHATML.replace("assistant\n{% endif %}", f"assistant\n{empty}{{% endif %}}")
+    encoded = encode(tokenizer, chat(*ROUNDS), template)
+    assert [text for mark, text in runs(tokenizer, encoded) if mark] == ["five<|im_end|>", "blue<|im_end|>"]
+
+
 @pytest.mark.parametrize("template", [FAMILIES["chatml"].template, FAMILIES["chatml_marked"].template])
 def test_encode_supervises_the_turns_that_the_settings_name(tokenizer, template):
     def supervised(content, **settings) -> list[str]:
@@ -223,7 +258,7 @@ def test_encode_refuses_rewritten_history_and_takes_the_last_turn_of_it(tokenize
     with pytest.raises(RecordError, match="the chat template rewrites history") as caught:
         encode(tokenizer, content, template, supervise="every_turn")
     assert "supervise: last_turn" in str(caught.value)
-    last = encode(tokenizer, content, template, supervise="last_turn")
+    last = encode(tokenizer, content, template, supervise="last_turn", thinking_variable=None)
     (supervised,) = [text for mark, text in runs(tokenizer, last) if mark]
     assert supervised in (" blue</s>", "<think>\n\n</think>\n\nblue<|im_end|>")
 

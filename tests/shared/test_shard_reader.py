@@ -11,8 +11,8 @@ import pytest
 
 from shared.errors import DamagedShardError, LogitferryError, MisalignedRowError
 from shared.rows import LogitRow, Positions
-from shared.schema import rows_to_table, table_to_rows
-from shared.shard_reader import read_row_groups, tables_of
+from shared.schema import outlines_of, rows_to_table, table_to_rows
+from shared.shard_reader import OUTLINE, read_outlines, read_row_groups, tables_of
 from shared.shard_writer import Storage, encode_shard
 from tests.shared.made_rows import PATH, V, assert_same_rows, random_rows, row_format
 
@@ -41,6 +41,61 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (folder / "data").mkdir()
     (folder / PATH).write_bytes(data)
     return folder, shard
+
+
+def test_outlines_are_the_rows_without_kept_ids_and_tails(stored: Any):
+    folder, shard = stored
+    for outline, row in zip(read_outlines(folder, shard, FORM), read(folder, shard), strict=True):
+        assert (outline.sample_id, outline.source) == (row.sample_id, row.source)
+        for name in ("input_ids_L", "label_mask_L"):
+            np.testing.assert_array_equal(getattr(outline, name), getattr(row, name))
+        for name in ("realised_logp_P", "entropy_P"):
+            np.testing.assert_array_equal(getattr(outline.teacher, name), getattr(row.teacher, name))
+        assert (len(outline.teacher.kept_ids_E), outline.teacher.tail_logsum_PT.size) == (0, 0)
+        outline.cut(outline.num_tokens - 1)
+
+
+def test_outlines_are_refused_where_a_byte_of_any_column_is_another(stored: Any):
+    folder, shard = stored
+    whole = (folder / PATH).read_bytes()
+    try:
+        for at in range(0, len(whole), 97):
+            (folder / PATH).write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+            with pytest.raises(DamagedShardError, match=r"part-00000\.parquet: damaged"):
+                read_outlines(folder, shard, FORM)
+    finally:
+        (folder / PATH).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("input_ids", V, "input_ids lie in"),
+        ("input_ids", -1, "input_ids lie in"),
+        ("realised_logprob", np.inf, "realised_logprob is finite"),
+        ("entropy", np.nan, "entropy is finite"),
+    ],
+)
+def test_outlines_are_refused_where_a_number_is_none_that_a_writer_writes(name: str, wrong: float, message: str):
+    table = table_of(random_rows(7, 2)).select(list(OUTLINE))
+    column, place = table[name].combine_chunks(), table.schema.get_field_index(name)
+    values = column.values.to_numpy(zero_copy_only=False).copy()
+    values[3] = wrong
+    broken = pa.ListArray.from_arrays(column.offsets, pa.array(values), type=column.type)
+    with pytest.raises(DamagedShardError, match=message):
+        outlines_of(table.set_column(place, table.schema.field(place), broken), FORM, "here")
+
+
+def test_outlines_are_refused_where_columns_do_not_run_beside_each_other():
+    rows = random_rows(7, 2)
+    table = table_of(rows).select(list(OUTLINE))
+    for name in ("label_mask", "entropy"):
+        place = table.schema.get_field_index(name)
+        turned = table.set_column(
+            place, table.schema.field(place), table[name].take(pa.array(range(len(rows) - 1, -1, -1)))
+        )
+        with pytest.raises(MisalignedRowError, match=f"column {name} does not run beside"):
+            outlines_of(turned, FORM, "here")
 
 
 def test_every_single_byte_flip_is_refused(stored: Any):

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.errors import ConfigError
+from shared.doctor import devices, output, requirements
 from shared.folders import open_folder
+from shared.vllm_start import TESTED_VERSIONS, vllm_version
 from teacher_dump.config import DumpSettings
-from teacher_dump.doctor import devices, examination, machine, output, requirements
+from teacher_dump.doctor import examination, machine
 from teacher_dump.doctor.examination import Finding, examine, exit_code, render
-from teacher_dump.doctor.finding import guarded
-from teacher_dump.vllm_engine import TESTED_VERSIONS, vllm_version
 from tests.data import chat_records, dump_settings, write_jsonl
-from tests.teacher_dump.examined import mended, of, verdicts
+from tests.examined import fake_package, mended, of, verdicts
 from tests.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -45,16 +44,14 @@ def settings(teacher_folder, chats, tmp_path):
 
 
 @pytest.fixture
-def fake_package(tmp_path, monkeypatch):
+def install(tmp_path, monkeypatch):
     """Installs what says that it is a version of a package."""
 
-    def install(name: str, version: str) -> None:
-        info = tmp_path / "site" / f"{name}-{version}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    def installing(name: str, version: str) -> None:
+        fake_package(tmp_path / "site", name, version)
         monkeypatch.syspath_prepend(tmp_path / "site")
 
-    return install
+    return installing
 
 
 def test_doctor_finds_nothing_to_mend_where_all_is_well_and_leaves_nothing_behind(settings, tmp_path):
@@ -85,22 +82,6 @@ def test_doctor_without_settings_looks_at_the_machine_alone(tmp_path, monkeypatc
     assert os.listdir(tmp_path) == []
 
 
-def test_doctor_shows_aligned_lines_with_what_to_do_below():
-    findings = [
-        Finding("a", "ok", "fine", "nobody needs this"),
-        Finding("long name", "warning", "so\n  so", "look"),
-        Finding("b", "mend", "broken", "mend it"),
-    ]
-    assert render(findings) == [
-        "ok       a          fine",
-        "warning  long name  so so",
-        "  next: look",
-        "mend     b          broken",
-        "  next: mend it",
-    ]
-    assert [exit_code(findings), exit_code(findings[:2]), exit_code([])] == [1, 0, 0]
-
-
 @pytest.mark.parametrize("error", [ZeroDivisionError("ours"), SystemExit(3), OSError(5, "Input/output error")])
 def test_doctor_makes_a_finding_of_a_check_that_fails(monkeypatch, error):
     def failing():
@@ -114,17 +95,6 @@ def test_doctor_makes_a_finding_of_a_check_that_fails(monkeypatch, error):
     assert verdicts("forward", findings) == ["ok"], "the others go on"
 
 
-def test_doctor_takes_message_and_next_step_of_our_errors_and_lets_ctrl_c_through():
-    def failing(error):
-        raise error
-        yield
-
-    found = guarded("x", lambda: failing(ConfigError("no", next_step="do")))
-    assert found == [Finding("x", "mend", "no", "do")]
-    with pytest.raises(KeyboardInterrupt):
-        guarded("x", lambda: failing(KeyboardInterrupt()))
-
-
 @pytest.mark.skipif(vllm_version() is not None, reason="vLLM is installed")
 def test_doctor_minds_a_missing_vllm_only_where_it_is_asked_for(settings):
     assert verdicts("vllm", examine(settings())) == ["ok"]
@@ -134,8 +104,8 @@ def test_doctor_minds_a_missing_vllm_only_where_it_is_asked_for(settings):
 
 
 @pytest.mark.skipif(vllm_version() is not None, reason="vLLM is installed")
-def test_doctor_warns_of_a_vllm_that_was_not_tested_and_tries_to_import_it(settings, fake_package):
-    fake_package("vllm", "9.9.9")
+def test_doctor_warns_of_a_vllm_that_was_not_tested_and_tries_to_import_it(settings, install):
+    install("vllm", "9.9.9")
     (found,) = of("vllm", examine(settings()))
     assert found.verdict == "warning"
     assert found.found == f"9.9.9 is not among the versions that were tested ({', '.join(TESTED_VERSIONS)}.x)"
@@ -144,8 +114,8 @@ def test_doctor_warns_of_a_vllm_that_was_not_tested_and_tries_to_import_it(setti
     assert mended("vllm", findings).found.startswith("ModuleNotFoundError: No module named 'vllm")
 
 
-def test_doctor_mends_packages_that_are_too_old_or_missing(fake_package, monkeypatch):
-    fake_package("zstandard", "0.1.0")
+def test_doctor_mends_packages_that_are_too_old_or_missing(install, monkeypatch):
+    install("zstandard", "0.1.0")
     found = mended("packages", examine(None))
     (floor,) = [each.floor for each in requirements.requirements() if each.name == "zstandard"]
     assert found.found == f"zstandard is 0.1.0; {floor} or later is needed"
@@ -153,45 +123,6 @@ def test_doctor_mends_packages_that_are_too_old_or_missing(fake_package, monkeyp
     monkeypatch.setattr(requirements, "requires", lambda name: ["never-there>=1.5", "other>=3; extra == 'ray'"])
     found = mended("packages", examine(None))
     assert found.found == "never-there is not installed; 1.5 or later is needed"
-
-
-def test_requirements_come_from_pyproject_where_nothing_is_installed(monkeypatch):
-    def not_installed(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(requirements, "requires", not_installed)
-    extras = {each.name: each.extra for each in requirements.requirements()}
-    assert (extras["pyarrow"], extras["torch"], extras["pyright"]) == ("", "torch", "dev")
-
-
-@pytest.mark.parametrize(
-    ("version", "floor", "older"),
-    [("2.10.1", "2.9", False), ("2.9", "2.10", True), ("2.6.0+cpu", "2.6", False), ("18", "18.0.0", False),
-     ("0.9rc1", "1", True), ("26.0.1", "18", False)],
-)  # fmt: skip
-def test_requirements_compare_versions_by_their_numbers(version, floor, older):
-    assert requirements.is_older(version, floor) is older
-
-
-BROKEN = 'raise ImportError("libhccl.so: cannot open shared object file")\n'
-
-
-@pytest.mark.parametrize("autoload", [True, False])
-def test_doctor_says_that_cann_is_missing_instead_of_a_traceback(tmp_path, autoload):
-    """torch imports torch_npu by itself, unless it is told not to or the package is too old to say so."""
-    info = tmp_path / "torch_npu-2.6.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.6.0\n")
-    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n" if autoload else "")
-    (tmp_path / "torch_npu").mkdir()
-    (tmp_path / "torch_npu" / "__init__.py").write_text(BROKEN)
-    output = run_apart("", None, path=tmp_path)
-    assert output.count("exit code 1") == 1
-    assert "mend     torch     torch_npu is installed, but cannot be loaded: " in output
-    assert "ImportError: libhccl.so" in output
-    assert "next: its toolkit CANN has to be loaded first: source " in output
-    assert "not looked at, because torch cannot be used" in output
-    assert "Traceback" not in output
 
 
 def run_apart(prepare: str, *settings: DumpSettings | None, path: Path = ROOT) -> str:
@@ -247,12 +178,7 @@ def test_doctor_knows_what_a_container_may_use(settings, tmp_path, monkeypatch):
 
 
 def test_doctor_mends_a_missing_accelerate_where_a_device_map_needs_it(settings, monkeypatch):
-    installed = machine.version
-
-    def without_accelerate(name: str) -> str:
-        return installed("never-there" if name == "accelerate" else name)
-
-    monkeypatch.setattr(machine, "version", without_accelerate)
+    monkeypatch.setattr(machine, "installed", lambda name: None)
     assert not of("accelerate", examine(settings())), "nothing else needs it"
     found = mended("accelerate", examine(settings(teacher__device="auto", teacher__device_map="auto")))
     assert found.next_step == "pip install accelerate"

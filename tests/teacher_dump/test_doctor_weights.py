@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from shared.doctor import devices
+from shared.doctor.devices import host_memory
+from shared.doctor.model import open_model
 from teacher_dump.config import DumpSettings
-from teacher_dump.doctor import devices
 from teacher_dump.doctor import weights as weights_module
-from teacher_dump.doctor.devices import host_memory
 from teacher_dump.doctor.examination import Finding, examine, exit_code
-from teacher_dump.doctor.run import open_model
 from teacher_dump.doctor.weights import weights
 from tests.data import chat_records, dump_settings, write_jsonl
-from tests.teacher_dump.examined import mended, of, write_weights
+from tests.examined import mended, of, write_weights
 from tests.tiny import make_model, make_tokenizer
 
 GIB = 1 << 30
@@ -63,21 +63,21 @@ def test_doctor_warns_of_weights_that_fit_only_when_others_leave(settings, monke
     monkeypatch.setattr(devices, "host_memory", lambda: (1 << 20, 1 << 40))
     (found,) = of("weights", examine(settings()))
     assert found.verdict == "warning"
-    assert found.found.endswith("1.0 MiB free of 1,024.0 GiB: too little is free now")
+    assert found.found.endswith("1.0 MiB free of 1.0 TiB: too little is free now")
 
 
 def test_doctor_counts_the_weights_that_are_loaded_and_no_second_copy(settings, model_folder):
-    before = of("weights", examine(settings()))[0].found.split(";")[0]
-    assert before.startswith("0.1 MiB once loaded and ")
+    before = of("weights", examine(settings()))[0].found.split(".")[0]
+    assert before == "97", "KiB"
     write_weights(model_folder / "consolidated.safetensors", a=("F32", host_memory()[1]))
-    assert of("weights", examine(settings()))[0].found.split(";")[0] == before
+    assert of("weights", examine(settings()))[0].found.split(".")[0] == before
     (model_folder / "model.safetensors").rename(model_folder / "model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     found = mended("weights", examine(settings()))
     assert found.found == f"{model_folder} lacks 1 of 2 files of weights, first model-2.safetensors"
     second = write_weights(model_folder / "model-2.safetensors", b=("F32", 5))
-    assert of("weights", examine(settings()))[0].found.split(";")[0] == before
+    assert of("weights", examine(settings()))[0].found.split(".")[0] == before
     os.truncate(second, second.stat().st_size - 4)
     assert f"{second} is cut off" in mended("weights", examine(settings())).found
 
@@ -115,7 +115,7 @@ def test_doctor_compares_with_all_devices_that_share_the_weights(
     engine = {"teacher__engine": "vllm"} if "vllm" in teacher else {}
     changes = {f"teacher__{name}": value for name, value in teacher.items()}
     of_teacher = settings(teacher__device="auto", **engine, **changes).teacher
-    found: list[Finding] = list(weights(of_teacher, open_model(of_teacher)))
+    found: list[Finding] = list(weights(of_teacher, open_model(of_teacher, "teacher")))
     assert [each.verdict for each in found] == [verdict]
     assert says in found[0].found
 
@@ -126,6 +126,6 @@ def test_doctor_warns_of_weights_that_the_host_cannot_hold_on_their_way(settings
     monkeypatch.setattr(weights_module, "memory_of", lambda _: (2 * GIB, 2 * GIB))
     monkeypatch.setattr(weights_module, "host_memory", lambda: (GIB // 2, GIB // 2))
     teacher = settings(teacher__device="auto").teacher
-    assert [each.verdict for each in weights(teacher, open_model(teacher))] == ["ok", "warning"]
+    assert [each.verdict for each in weights(teacher, open_model(teacher, "teacher"))] == ["ok", "warning"]
     spread = settings(teacher__device="auto", teacher__device_map="auto").teacher
-    assert [each.verdict for each in weights(spread, open_model(spread))] == ["ok"]
+    assert [each.verdict for each in weights(spread, open_model(spread, "teacher"))] == ["ok"]

@@ -16,10 +16,10 @@ import shared.device
 from shared.config import load_settings
 from shared.errors import ConfigError, OutputError, RecordError
 from shared.inspected import Selection, open_inspected
+from shared.vllm_start import vllm_version
 from teacher_dump.commented_yaml import commented_yaml
 from teacher_dump.config import DumpSettings
 from teacher_dump.init import tokens_to_keep, write_config
-from teacher_dump.vllm_engine import vllm_version
 from tests.chat_templates import CHATML
 from tests.data import chat_records, write_jsonl
 from tests.tiny import make_model, make_tokenizer

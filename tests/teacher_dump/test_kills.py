@@ -11,10 +11,10 @@ import pytest
 
 from shared.dataset import LogitDataset
 from shared.verification import verify
+from shared.workers import Share
 from teacher_dump.dump import run_dump
 from teacher_dump.engines import open_engine
 from teacher_dump.ledger import UnitRecord
-from teacher_dump.workers import Share
 from tests.data import chat_records, dump_settings, write_jsonl
 from tests.killed import Steps, killed_at, traced
 

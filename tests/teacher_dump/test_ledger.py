@@ -12,11 +12,11 @@ import pytest
 from shared.dataset import LogitDataset
 from shared.errors import DamagedDataError, DamagedManifestError, DamagedShardError, MismatchError, OutputError
 from shared.folders import LocalFolder, open_folder
+from shared.workers import Share
 from teacher_dump import dump
 from teacher_dump.dump import run_dump
 from teacher_dump.engines import open_engine
 from teacher_dump.ledger import EncodedUnit, Ledger
-from teacher_dump.workers import Share
 from tests.data import done_units, dump_settings, sealed_dump
 
 

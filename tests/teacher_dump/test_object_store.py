@@ -16,10 +16,10 @@ import pytest
 from shared.dataset import LogitDataset, read_info
 from shared.folders import RemoteFolder, open_folder
 from shared.verification import verify
+from shared.workers import Share
 from teacher_dump.dump import run_dump
 from teacher_dump.ledger import Ledger
 from teacher_dump.status import status
-from teacher_dump.workers import Share
 from tests.data import dump_settings
 from tests.killed import Steps, killed_at
 

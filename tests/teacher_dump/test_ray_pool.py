@@ -17,12 +17,12 @@ import pytest
 from shared.dataset import LogitDataset
 from shared.errors import ConfigError, LogitferryError, NonFiniteError
 from shared.verification import verify
+from shared.workers import Share
 from teacher_dump import dump, ray_pool
 from teacher_dump.config import RaySettings
 from teacher_dump.dump import run_dump
 from teacher_dump.ledger import Ledger
 from teacher_dump.ray_pool import Replica, _needs, _room_for
-from teacher_dump.workers import Share
 from tests.data import chat_records, done_units, dump_settings, sealed_dump, write_jsonl
 from tests.teacher_dump.test_seal import UNSCORABLE, blind_teacher
 

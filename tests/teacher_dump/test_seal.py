@@ -18,10 +18,10 @@ from shared.errors import ConfigError, DamagedShardError, MismatchError, NonFini
 from shared.folders import open_folder
 from shared.reseal import filter_rows, merge, repair
 from shared.verification import verify
+from shared.workers import Share
 from teacher_dump.dump import run_dump
 from teacher_dump.ledger import Ledger
 from teacher_dump.seal import seal, unseal
-from teacher_dump.workers import Share
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 

@@ -7,10 +7,10 @@ import pytest
 
 from shared.errors import ConfigError
 from shared.folders import open_folder
+from shared.workers import Share
 from teacher_dump.dump import run_dump
 from teacher_dump.ledger import Ledger, UnitRecord
 from teacher_dump.status import _workers, describe, status
-from teacher_dump.workers import Share
 from tests.data import done_units, dump_settings
 
 NOW = 1_000_000.0

@@ -152,7 +152,7 @@ def test_settings_of_another_engine_are_refused(changes: dict[str, Any], message
 
 def test_what_values_may_depend_on_is_part_of_the_teacher(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch):
     """A dump that began with a quantized teacher must not go on without; another machine's memory is no matter."""
-    monkeypatch.setattr("teacher_dump.vllm_engine.vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr("shared.vllm_start.vllm_version", lambda: "0.32.0")
 
     def engine_settings(**vllm: Any) -> dict[str, Any]:
         settings = TeacherSettings.model_validate({"model": str(teacher_folder), "engine": "vllm", "vllm": vllm})
@@ -169,7 +169,7 @@ def test_what_values_may_depend_on_is_part_of_the_teacher(teacher_folder: Path, 
 def test_vllm_that_is_not_installed_is_said_before_anything_is_read(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("teacher_dump.vllm_engine.vllm_version", lambda: None)
+    monkeypatch.setattr("shared.vllm_start.vllm_version", lambda: None)
     teacher = {"model": str(teacher_folder), "engine": "vllm"}
     settings = DumpSettings.model_validate(
         {"teacher": teacher, "data": {"files": [str(tmp_path / "none")]}, "output": str(tmp_path / "out")}

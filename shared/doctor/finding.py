@@ -1,13 +1,12 @@
 """What a check of `doctor` found.  No exception leaves a check: it becomes a finding, and the other checks go on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from shared.errors import LogitferryError
 
 T = TypeVar("T")
-MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,21 @@ def reason_of(error: BaseException) -> str:
     return "; ".join(reasons)
 
 
-def size(num_bytes: float) -> str:
-    """For people."""
-    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / MIB:,.1f} MiB"
+def render(findings: Sequence[Finding]) -> list[str]:
+    """Lines for people: verdict, check, what was found, and below it what to do."""
+    width = max((len(finding.check) for finding in findings), default=0)
+    lines: list[str] = []
+    for finding in findings:
+        lines.append(f"{finding.verdict:<7}  {finding.check:<{width}}  {_one_line(finding.found)}")
+        if finding.next_step and finding.verdict != "ok":
+            lines.append(f"  next: {_one_line(finding.next_step)}")
+    return lines
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """1 where something has to be mended before a run, else 0."""
+    return int(any(finding.verdict == "mend" for finding in findings))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError
-from teacher_dump.workers import Share, array_hint
+from shared.workers import Share, array_hint
 
 
 @given(count=st.integers(1, 50), num_units=st.integers(0, 400))

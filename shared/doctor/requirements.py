@@ -3,7 +3,7 @@
 import re
 import tomllib
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -34,13 +34,21 @@ def _stated() -> list[str]:
         return project["dependencies"] + [f"{line}; extra == '{extra}'" for extra, lines in optional for line in lines]
 
 
-def is_older(version: str, floor: str) -> bool:
+def installed(name: str) -> str | None:
+    """The version of a package that is here."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def is_older(found: str, floor: str) -> bool:
     """By the numbers that a version begins with: 2.6.0rc1 and 2.6+cpu are 2.6."""
-    return _numbers(version) < _numbers(floor)
+    return _numbers(found) < _numbers(floor)
 
 
-def _numbers(version: str) -> list[int]:
-    begin = re.match(r"[0-9.]*", version)
+def _numbers(found: str) -> list[int]:
+    begin = re.match(r"[0-9.]*", found)
     numbers = [int(part) for part in begin[0].split(".") if part] if begin else []
     while numbers and not numbers[-1]:
         numbers.pop()

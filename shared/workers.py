@@ -1,6 +1,8 @@
 """Static workers: each takes a fixed share of the units, told by its number alone, without any coordinator."""
 
 import hashlib
+import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ ENVIRONMENTS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Of torchrun and of srun: index and number of processes."""
 ARRAY_SIZE = "SLURM_ARRAY_TASK_COUNT"
 EXAMPLE = "for example --worker 0/4, the first of four"
+
+logger = logging.getLogger("logitferry")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,22 @@ class Share:
             index, count = (int(value) if value and value.isdecimal() else -1 for value in values)
             return _checked(index, count, said), said
         return Share(), None
+
+
+def share_of_process(given: Share | None) -> Share:
+    """The share that was given, or that this process has by its environment.
+
+    Raises:
+        ConfigError: what the environment says makes no sense.
+    """
+    if given is not None:
+        return given
+    share, said = Share.of_environment(os.environ)
+    if said is not None:
+        logger.info("worker %s, by %s", share, said)
+    if share.count == 1 and (hint := array_hint(os.environ)) is not None:
+        logger.warning(hint)
+    return share
 
 
 def array_hint(environment: Mapping[str, str]) -> str | None:

@@ -1,11 +1,11 @@
-"""What tests ask of findings, and files of weights that claim to be large."""
+"""What tests ask of a doctor's findings, and the packages and files of weights that they are about."""
 
 import json
 import os
 import struct
 from pathlib import Path
 
-from teacher_dump.doctor.examination import Finding, exit_code
+from shared.doctor.finding import Finding, exit_code
 
 
 def of(check: str, findings: list[Finding]) -> list[Finding]:
@@ -34,3 +34,15 @@ def write_weights(path: Path, **tensors: tuple[str, int]) -> Path:
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + end)
     return path
+
+
+def fake_package(site: Path, name: str, version: str, **files: str) -> None:
+    """What says that it is a version of a package; `entry_points` and `init` are its files of these names."""
+    info = site / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    if "entry_points" in files:
+        (info / "entry_points.txt").write_text(files["entry_points"])
+    if "init" in files:
+        (site / name).mkdir()
+        (site / name / "__init__.py").write_text(files["init"])

@@ -1,0 +1,1 @@
+"""Is this machine fit to train a student, and is this config?"""
