@@ -53,7 +53,7 @@ $(VLLM_VENV)/installed: constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_PYTHON) -m pytest -m vllm tests/teacher_dump
+	$(VLLM_PYTHON) -m pytest -m vllm tests/teacher_dump tests/student_train/rollout
 
 bench-dump: install $(VLLM_VENV)/installed
 	$(VLLM_PYTHON) -m tests.bench.dump $(ARGS)

@@ -25,11 +25,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from shared.device import has_variable_length_kernels
 from shared.errors import MismatchError
 from student_train.config import AttentionName
+from student_train.packing import Shape
 
 logger = logging.getLogger("logitferry")
 
 VARLEN = "logitferry_varlen"
 PROBE_LENGTHS = (5, 3, 7)
+LINE_MULTIPLE = 64
+"""Masked lines are as long as the longest row, rounded up to it."""
 CHANGES_ATTENTION = ("softcap", "s_aux", "position_bias", "head_mask")
 """What some models hand to their attention besides queries, keys and values."""
 
@@ -44,6 +47,18 @@ class Attention:
     def takes_one_line(self) -> bool:
         """Whether all documents of a pass stand in one line, for want of anything else or because it costs nothing."""
         return self.name in ("varlen", "flash_attention_2")
+
+    def shape(self, batch_tokens: int, longest_row: int, *, is_static: bool) -> Shape:
+        """What passes of rows that are no longer look like; static ones need packing."""
+        if self.name is None:
+            line_tokens = None
+        elif self.takes_one_line:
+            line_tokens = max(batch_tokens, longest_row) if is_static else batch_tokens
+        else:  # whose cost grows with the square of a line's length
+            line_tokens = -(-longest_row // LINE_MULTIPLE) * LINE_MULTIPLE
+        return Shape(
+            batch_tokens=batch_tokens, line_tokens=line_tokens, is_static=is_static and line_tokens is not None
+        )
 
     def arguments(self, position_ids_BL: Tensor, document_lengths: Sequence[int]) -> dict[str, Any]:
         """What the model's body is given besides ids; lengths in order, padding included."""

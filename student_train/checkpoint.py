@@ -19,7 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from shared.errors import DamagedDataError, MismatchError, OutputError
 from shared.files import TEMPORARY_PREFIX, sha256_of_bytes, sha256_of_file, sync_folder, sync_tree
 from student_train.ranks import Ranks
+from student_train.run_folder import CHECKPOINTS_FOLDER
 
 logger = logging.getLogger("logitferry")
 
-CHECKPOINTS_FOLDER = "checkpoints"
 STATE_NAME = "state.json"
 COMPLETE_NAME = "complete.json"
 VERSION = 1
 NAME = re.compile(r"step-(\d{8,})")
-OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,10 @@ class Progress:
     """What must be the same for a run to go on: `dataset`, `tokenizer`, `model`, `stage`, each any JSON."""
     rows: str
     """Digest of which rows the last step took; tells whether they would come in the same order here."""
+    norms: list[float] = field(default_factory=list)
+    """Gradient norms of the last steps; see `student_train.anomaly`."""
+    skipped: int = 0
+    """Steps in a row that were skipped, up to now."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,18 @@ import torch
 from numpy.typing import NDArray
 
 from shared.errors import MismatchError
-from shared.rows import LogitRow, Positions, Row
+from shared.rows import Float32, LogitRow, Positions, Row
 from student_train.loss import Targets
 from student_train.objective import Objective
 
+LEAST_LOG_WEIGHT = np.log(1e-3)
+"""So that no step is without weight, whatever its labels are."""
 KEPT_MULTIPLE = 16
 """K is a multiple of it, so that a device which compiles for shapes meets few."""
 
 
 def targets_of(rows: Sequence[Row], objective: Objective, *, vocab_size: int) -> Targets:
-    """Targets of the rows' positions, one after the other, each with weight 1, on the CPU.
+    """Targets of the rows' positions, one after the other, weighed by `weights_of`, on the CPU.
 
     Rows have a teacher, all of them, with the tail at the objective's temperature alone; or none of them has one.
     `vocab_size` is the student's.
@@ -30,7 +32,7 @@ def targets_of(rows: Sequence[Row], objective: Objective, *, vocab_size: int) ->
         MismatchError: a position has an empty tail where the divergence is infinite then.
     """
     labels_N = np.concatenate([row.label_ids_P for row in rows])
-    weights_N = np.ones(len(labels_N), dtype=np.float32)
+    weights_N = np.concatenate([weights_of(row, objective) for row in rows])
     teachers = [row.teacher for row in rows if isinstance(row, LogitRow)]
     if not teachers:
         return make_targets(labels_N, weights_N, None, vocab_size=vocab_size)
@@ -40,6 +42,15 @@ def targets_of(rows: Sequence[Row], objective: Objective, *, vocab_size: int) ->
     if objective.divergence == "reverse_kl":
         _require_tails(rows, teacher, vocab_size)
     return make_targets(labels_N, weights_N, teacher, temperature=objective.temperature, vocab_size=vocab_size)
+
+
+def weights_of(row: Row, objective: Objective) -> Float32:
+    """c of each of a row's positions, [P]: what the teacher makes of the label, where it is asked; else 1."""
+    if not objective.agreement:
+        return np.ones(row.num_positions, dtype=np.float32)
+    assert isinstance(row, LogitRow), "agreement with a teacher that is not there"
+    logc_P = objective.agreement * row.teacher.realised_logp_P
+    return np.exp(np.clip(logc_P, LEAST_LOG_WEIGHT, 0.0)).astype(np.float32)
 
 
 def make_targets(

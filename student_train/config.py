@@ -1,79 +1,58 @@
 """The config of `student-train`."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from shared.config import Settings
 from shared.models_config import ModelSettings
-from shared.text_config import TextSettings
+from student_train.data_config import DataSettings, HeldOutSettings
 from student_train.objective import DivergenceName, Objective
 
 AttentionName = Literal["auto", "varlen", "flash_attention_2", "sdpa", "eager"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+class LoraSettings(Settings):
+    """Adapters of low rank beside frozen weights (Hu et al., arXiv 2106.09685), by `peft`."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0.0)
+    """What adapters add is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    modules: list[str] | None = Field(default=None, min_length=1)
+    """Ends of the names of linear layers, as q_proj; null takes all but the output matrix."""
+
+
 class StudentSettings(ModelSettings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights.  AdamW in bfloat16 loses small updates; use it to fit a device, not by default."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of matrix products; null is that of the weights.  bfloat16 beside float32 weights is mixed precision."""
     attention: AttentionName = "auto"
     """What keeps packed rows apart; auto takes the quickest that does so in this model on this device."""
-
-
-class SourceSettings(Settings):
-    ONE_SOURCE: ClassVar[str] = "name a dataset or text, one of the two"
-
-    dataset: str | None = None
-    """A sealed logit dataset: a folder or an fsspec URL."""
-    text: TextSettings | None = None
-    """Text files, for plain SFT without a teacher."""
-    on_too_long: Literal["error", "drop", "truncate"] = "error"
-    """What becomes of a dataset's rows that exceed the student's context; text has a setting of its own."""
+    gradient_checkpointing: bool = False
+    """Keep of each layer its input alone, and compute it again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Have torch.compile make kernels for the layers; shapes are static then."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of the weights."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> "SourceSettings":
-        if sum(getattr(self, name, None) not in (None, []) for name in ("dataset", "text", "mix")) != 1:
-            raise ValueError(self.ONE_SOURCE)
-        if self.dataset is None and self.on_too_long != "error":
-            raise ValueError("on_too_long is for a dataset's rows; for text say text.on_too_long")
+    def _consistent(self) -> "StudentSettings":
+        if self.dtype == "bfloat16" and self.compute_dtype == "float32":
+            raise ValueError("compute_dtype: float32 with dtype: bfloat16 would compute in more digits than there are")
         return self
 
+    @property
+    def product_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of matrix products."""
+        return self.compute_dtype or self.dtype
 
-class MixedSettings(SourceSettings):
-    weight: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    """Its share of the rows of every step, up to a factor; for all of the mix or for none."""
-
-
-class DataSettings(SourceSettings):
-    ONE_SOURCE = "name a dataset, text or mix, and one of them only"
-
-    mix: list[MixedSettings] = []
-    """Several datasets, or several texts; without weights each row comes equally often."""
-    cache: str | None = None
-    """Folder on this machine for what is fetched from URLs; null takes ~/.cache/logitferry/datasets."""
-
-    @model_validator(mode="after")
-    def _all_weights_or_none(self) -> "DataSettings":
-        if len({each.weight is None for each in self.mix}) > 1:
-            raise ValueError("mix: give every source a weight, or none")
-        return self
-
-    def sources(self) -> "list[SourceSettings]":
-        """What rows come from: one source, or those of the mix."""
-        return list(self.mix) or [self]
-
-
-class HeldOutSettings(Settings):
-    fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the training rows to hold out, chosen by a hash of the sample id."""
-    data: DataSettings | None = None
-    """Rows of their own, instead of a share."""
-
-    @model_validator(mode="after")
-    def _not_both(self) -> "HeldOutSettings":
-        if self.fraction and self.data:
-            raise ValueError("hold out a fraction or data of its own, not both")
-        return self
+    @property
+    def is_mixed(self) -> bool:
+        """Whether that is not the dtype of the weights."""
+        return self.product_dtype != self.dtype
 
 
 class LossSettings(Settings):
@@ -93,6 +72,8 @@ class LossSettings(Settings):
     """T of both sides, one of those that the dataset declares."""
     z_loss: float = Field(default=0.0, ge=0.0)
     """z, which draws the logits' logsumexp to 0; 1e-4 where it is used."""
+    agreement: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """c of a position is the teacher's probability of the label to this power; 0 weighs all alike."""
     chunk_positions: int | None = Field(default=None, ge=1)
     """Positions whose logits live at once; what fits into 320 MiB unless given."""
 
@@ -102,6 +83,8 @@ class LossSettings(Settings):
             raise ValueError(f"jsd_beta is for divergence: jsd, and would do nothing for {self.divergence}")
         if self.skew_alpha is not None and self.divergence != "skew_kl":
             raise ValueError(f"skew_alpha is for divergence: skew_kl, and would do nothing for {self.divergence}")
+        if self.agreement and not self.kd_weight:
+            raise ValueError("agreement asks the teacher, and kd_weight: 0 leaves it out")
         self.objective(is_sampled=False)
         return self
 
@@ -120,6 +103,7 @@ class LossSettings(Settings):
             divergence=self.divergence,
             tail="none" if is_sampled else self.tail or "bucket",
             z_loss=self.z_loss,
+            agreement=self.agreement,
             **{name: value for name, value in given.items() if value is not None},
         )
 
@@ -144,6 +128,38 @@ class CheckpointSettings(Settings):
     """The last so many."""
 
 
+class AnomalySettings(Settings):
+    """What becomes of a step whose loss or gradient is no number, or whose gradient is a spike."""
+
+    action: Literal["stop", "skip"] = "stop"
+    """Stop the run, or leave the weights as they are and go on; either names the rows."""
+    spike_factor: float | None = Field(default=None, gt=1.0, allow_inf_nan=False)
+    """A spike is a gradient norm above so many times the median of the steps before; null: nothing is one."""
+    window: int = Field(default=64, ge=8)
+    """Of how many steps that median is; before there are as many, nothing is a spike."""
+    max_skipped: int = Field(default=8, ge=1)
+    """Steps in a row that may be skipped."""
+
+
+class WandbSettings(Settings):
+    """Weights & Biases; its key and mode come from its own environment variables."""
+
+    project: str
+    name: str | None = None
+    """Of the run; null takes the folder's."""
+    entity: str | None = None
+
+
+class LogSettings(Settings):
+    """Where numbers go besides `log.jsonl`."""
+
+    tensorboard: bool = False
+    """Into the run's folder `tensorboard`."""
+    wandb: WandbSettings | None = None
+    peak_tflops: float | None = Field(default=None, gt=0.0)
+    """What one device does at most in 1e12 operations per second, for the model FLOPs utilisation; null looks it up."""
+
+
 class TrainSettings(Settings):
     student: StudentSettings
     data: DataSettings
@@ -162,12 +178,18 @@ class TrainSettings(Settings):
     packing: bool = True
     """Put rows one behind the other, instead of side by side with padding; changes speed, not the gradient."""
     static_shapes: bool | None = None
-    """Fill every forward pass up to one shape; null does so on Ascend, where every new shape is compiled."""
+    """Fill every forward pass up to one shape; null does so on Ascend and under student.compile, where each new shape
+    is compiled."""
     shuffle_blocks: int = Field(default=16, ge=1)
     """Shards that the rows of a batch are drawn from; so many of each dataset are in memory at once."""
     loader_threads: int = Field(default=2, ge=1)
     """That read and decode shards while the student computes."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes do: ddp, each holds all of the student; fsdp, weights, gradients and optimizer are spread
+    over them (FSDP2)."""
     checkpoint: CheckpointSettings = CheckpointSettings()
+    anomaly: AnomalySettings = AnomalySettings()
+    log: LogSettings = LogSettings()
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between looks at the held-out rows; always at the start and the end."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
@@ -177,7 +199,9 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
-        if self.static_shapes and not self.packing:
+        if self.student.compile and self.static_shapes is False:
+            raise ValueError("student.compile needs static_shapes: every new shape would be compiled")
+        if (self.static_shapes or self.student.compile) and not self.packing:
             raise ValueError("static_shapes fills packed lines up, and needs packing")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give epochs or steps, one of the two")

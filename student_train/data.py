@@ -1,19 +1,25 @@
 """What a run trains on and is measured by: settings to a stream of batches and some held-out rows."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import ConfigError, MismatchError
 from shared.overlap import MadeAhead
-from student_train.config import DataSettings, TrainSettings
+from shared.text_files import find_text_files
+from student_train.collate import weights_of
+from student_train.config import TrainSettings
+from student_train.data_config import DataSettings
 from student_train.objective import Objective
+from student_train.order import Pace
 from student_train.passes import ForwardPass
 from student_train.ranks import Ranks
 from student_train.sources import Source, open_dataset
 from student_train.stream import Selection, StepRows, Stream, is_held_out
 from student_train.student import Student
+from student_train.taken import Taken, scores_of, training_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +29,19 @@ class Batch:
     step: int
     passes: list[ForwardPass]
     sample_ids: list[str]
-    num_tokens: int
+    sources: list[str]
+    row_tokens: list[int]
+    """Of each row."""
     num_positions: int
+    weight: float
+    """Σ c over all positions, what the loss divides by."""
     waste: float
     """Share of all ranks' computed tokens that are padding."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows."""
+        return sum(self.row_tokens)
 
 
 class TrainingData:
@@ -38,25 +53,11 @@ class TrainingData:
     """
 
     def __init__(self, settings: TrainSettings, student: Student, objective: Objective, ranks: Ranks) -> None:
-        at = objective.temperature if settings.loss.kd_weight else None
         self._sources = student.open_sources(settings.data)
-        self._weights = [source.weight for source in settings.data.mix if source.weight is not None]
-        fraction = settings.held_out.fraction
+        self._weights = [source.weight for source in settings.data.mix]
         self.held_out = _held_out(settings, student, self._sources)
-        selections = [
-            Selection.of(source.at(at), lambda name: not is_held_out(name, fraction)) for source in self._sources
-        ]
-        for source, selection in zip(self._sources, selections, strict=True):
-            if not selection.num_rows:
-                raise ConfigError(f"{source.name}: no row is left to train on", next_step="hold out a smaller fraction")
-        self.stream = Stream(
-            selections,
-            weights=self._weights or None,
-            rows_per_step=settings.rows_per_step,
-            seed=settings.seed,
-            shuffle_blocks=settings.shuffle_blocks,
-            num_threads=settings.loader_threads,
-        )
+        self._taken = training_rows(settings, self._sources, objective)
+        self.stream = training_stream(settings, self._taken)
         longest_row = max(source.longest_row for source in self._sources)
         self.passes = student.pass_maker(objective, longest_row=longest_row, ranks=ranks)
 
@@ -80,15 +81,20 @@ class TrainingData:
             step=of.step,
             passes=passes,
             sample_ids=[row.sample_id for row in of.rows],
-            num_tokens=sum(row.num_tokens for row in of.rows),
+            sources=[row.source for row in of.rows],
+            row_tokens=[row.num_tokens for row in of.rows],
             num_positions=sum(row.num_positions for row in of.rows),
+            weight=sum(float(weights_of(row, self.passes.objective).sum()) for row in of.rows),
             waste=waste,
         )
 
     def identity(self) -> list[dict[str, Any]]:
-        """Equal where every step has the same rows, as far as data decide that."""
-        weights = self._weights or [None] * len(self._sources)
-        return [source.identity() | {"weight": weight} for source, weight in zip(self._sources, weights, strict=True)]
+        """Equal where every step has the same rows, as far as data and what is asked of them decide that."""
+        weights, chosen = self._weights or [None], self._taken.identities()
+        return [
+            source.identity() | {"weight": weight} | each
+            for source, weight, each in zip(self._sources, weights, chosen, strict=True)
+        ]
 
     def rows_digest(self, step: int) -> str:
         """Of which rows that step takes, by their places in the data."""
@@ -96,11 +102,64 @@ class TrainingData:
         digest = hashlib.sha256()
         for places in (refs.source_R, refs.block_R, refs.row_R):
             digest.update(places.astype("<i8").tobytes())
+        if self._taken.is_chosen:  # places are among the rows that were chosen, so it matters which those are
+            selections = self._taken.selections
+            ids = [selection.source.sample_ids for selection in selections]
+            for source, block, row in zip(refs.source_R, refs.block_R, refs.row_R, strict=True):
+                chosen = selections[source]
+                name = ids[source][chosen.blocks[block]][int(chosen.rows[block][row])].as_py()
+                digest.update(name.encode() + b"\0")
         return digest.hexdigest()
 
     def record(self) -> list[dict[str, Any]]:
         """What was trained on, for people."""
-        return [source.record() for source in self._sources]
+        records = self._taken.records()
+        return [source.record() | each for source, each in zip(self._sources, records, strict=True)]
+
+    def dropped(self) -> Iterator[tuple[str, str]]:
+        """Sample id and reason of every row that a curriculum dropped."""
+        return self._taken.dropped()
+
+
+def training_stream(settings: TrainSettings, taken: Taken) -> Stream:
+    """All steps of a run; nothing is read yet.
+
+    Raises:
+        ConfigError: where the order depends on the number of steps, see `num_steps`.
+    """
+    paces: list[Pace | None] = []
+    if any(taken.courses):
+        paces = taken.paces(num_steps(settings, taken.num_rows), settings.rows_per_step)
+    return Stream(
+        taken.selections,
+        weights=taken.weights,
+        paces=paces,
+        rows_per_step=settings.rows_per_step,
+        seed=settings.seed,
+        shuffle_blocks=settings.shuffle_blocks,
+        num_threads=settings.loader_threads,
+    )
+
+
+def num_steps(settings: TrainSettings, num_rows: int) -> int:
+    """Of a run over so many rows an epoch.
+
+    Raises:
+        ConfigError: a step takes more rows than there are, or warming up takes all steps.
+    """
+    if settings.rows_per_step > num_rows:
+        raise ConfigError(
+            f"rows_per_step is {settings.rows_per_step}, but there are {num_rows} rows to train on",
+            next_step="lower rows_per_step",
+        )
+    # Rounded up, so that every row is seen; the last step of an epoch is filled from the next.
+    steps = settings.steps or math.ceil((settings.epochs or 0) * num_rows / settings.rows_per_step)
+    if settings.optimizer.warmup_steps >= steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, but there are {steps} steps",
+            next_step="lower optimizer.warmup_steps",
+        )
+    return steps
 
 
 def measured(sources: Sequence[Source], takes: Callable[[str], bool]) -> list[Selection]:
@@ -136,6 +195,24 @@ def find_objective(settings: TrainSettings) -> Objective:
             next_step="mix datasets of one keep.method",
         )
     return next(iter(found.values()))
+
+
+def require_data(settings: TrainSettings) -> None:
+    """See that what a run names is there, as far as that can be said without a model.
+
+    Raises:
+        ConfigError, MismatchError, DamagedDataError: it is not.
+    """
+    find_objective(settings)
+    held_out = settings.held_out.data
+    for data in [settings.data, *([held_out] if held_out else [])]:
+        for source in data.sources():
+            if source.curriculum is not None:
+                scores_of(source.curriculum, {})
+            if source.dataset is not None:
+                open_dataset(source.dataset, data.cache)
+            elif source.text is not None:
+                find_text_files(source.text.files)
 
 
 def _datasets(data: DataSettings) -> list[str]:

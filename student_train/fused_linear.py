@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from shared.device import block_bytes
 from shared.models import OutputHead
 from student_train.loss import StudentView, Targets, per_position
+from student_train.measures import ENTROPY_STRIDE, NAMES, Measures, measure
 from student_train.objective import Objective
-from student_train.ranks import whole
 
 CHUNK_BYTES = 320 << 20
 CHUNK_ROWS = (256, 2048)
@@ -41,12 +41,21 @@ WEIGHT_ROWS = 4096  # of the output matrix's gradient, added to its fp32 sum whi
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSums:
-    """`total` is differentiable; the sums Σ c·CE and Σ c·D, in nats, are for the log."""
+class FusedLoss:
+    """`total` is differentiable; what was measured on the way is for people."""
 
     total: Tensor
-    ce: Tensor
-    kd: Tensor
+    measures: Measures
+
+    @property
+    def ce(self) -> Tensor:
+        """Σ c·CE in nats."""
+        return self.measures.sum("ce")
+
+    @property
+    def kd(self) -> Tensor:
+        """Σ c·D in nats."""
+        return self.measures.sum("kd")
 
 
 def fused_linear_loss(
@@ -57,31 +66,33 @@ def fused_linear_loss(
     *,
     denominator: float,
     chunk_positions: int | None = None,
-) -> LossSums:
+    detailed: bool = False,
+) -> FusedLoss:
     """The objective over N positions, divided by `denominator`: Σ c over all accumulation steps of all ranks.
 
     Where gradients of ranks are averaged and not summed, pass the mean over ranks of Σ c instead.
-    Differentiable once, with respect to the hidden states and to the head's weight and bias, sharded or not; what is
-    frozen costs nothing.  `chunk_positions` are the positions whose logits live at once; None takes what fits into
-    320 MiB, 256 to 2048.
+    Differentiable once, with respect to the hidden states and to the head's weight and bias; what is frozen costs
+    nothing.  `chunk_positions` are the positions whose logits live at once; None takes what fits into 320 MiB, 256 to
+    2048.  `detailed` measures the student's entropy everywhere and names its most probable id.
 
     Raises:
         ValueError: hidden states, weight and targets of unlike sizes; targets made for another temperature or tail;
             products in float16, where a gradient divided by a step's tokens is 0 before a loss scale can save it.
     """
     _require_fitting(hidden_ND, head, targets, objective, denominator, chunk_positions)
-    total, ce, kd = _FusedLinearLoss.apply(
+    total, values_MN = _FusedLinearLoss.apply(
         hidden_ND,
-        whole(head.weight_VD, hidden_ND.dtype),
-        None if head.bias_V is None else whole(head.bias_V, hidden_ND.dtype),
+        head.weight_VD,
+        head.bias_V,
         head,
         targets,
         objective,
         denominator,
         chunk_positions,
         torch.is_grad_enabled(),
+        detailed,
     )
-    return LossSums(total=total, ce=ce, kd=kd)
+    return FusedLoss(total=total, measures=Measures(values_MN=values_MN, weight_N=targets.weight_N))
 
 
 def _require_fitting(
@@ -126,7 +137,8 @@ class _FusedLinearLoss(torch.autograd.Function):
         denominator: float,
         chunk_positions: int | None,
         grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        detailed: bool,
+    ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = (needed and grad_enabled for needed in ctx.needs_input_grad[:3])
         dtype = _product_dtype(hidden_ND)
         is_tempered = objective.temperature != 1.0 and targets.num_kept > 0
@@ -136,16 +148,19 @@ class _FusedLinearLoss(torch.autograd.Function):
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and needs_bias else None
         is_differentiated = needs_hidden or needs_weight or needs_bias
-        sums_3 = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        values: list[Tensor] = []
         for begin, end, num_rows in chunk.runs(len(hidden_ND)):
             hidden_nD = F.pad(hidden_ND[begin:end].to(dtype), (0, 0, 0, num_rows - (end - begin)))
             product_nV = torch.mm(hidden_nD, head.weight_VD.T, out=chunk.product_nV[:num_rows])
             run = targets[begin:end].padded(num_rows)
             for rows in chunk.blocks(num_rows):
                 logits_bV = head.finish_(chunk.as_fp32(product_nV[rows]))
-                sums_3 += _differentiate_(
-                    logits_bV, head, run[rows], objective, denominator, chunk.tempered_bV, is_differentiated
+                of_block, values_Mb = _differentiate_(
+                    logits_bV, head, run[rows], objective, denominator, chunk.tempered_bV, is_differentiated, detailed
                 )
+                total += of_block
+                values.append(values_Mb[:, : max(0, end - begin - rows.start)])
                 if d_bias_V is not None:
                     d_bias_V += logits_bV.sum(dim=0)
                 if is_differentiated:
@@ -160,9 +175,9 @@ class _FusedLinearLoss(torch.autograd.Function):
             None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype),
             None if d_bias_V is None or bias_V is None else d_bias_V.to(bias_V.dtype),
         )
-        total, ce, kd = (value.clone() for value in sums_3)
-        ctx.mark_non_differentiable(ce, kd)
-        return total, ce, kd
+        values_MN = torch.cat(values, dim=1) if values else total.new_zeros(len(NAMES), 0)
+        ctx.mark_non_differentiable(values_MN)
+        return total, values_MN
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,7 +187,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             raise RuntimeError("the fused loss can be differentiated once: its gradients are handed on, not kept")
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients)
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +206,8 @@ class _Chunk:
         num_positions: int, weight_VD: Tensor, dtype: torch.dtype, *, num_rows: int | None, is_tempered: bool
     ) -> "_Chunk":
         vocab_size, device = weight_VD.shape[0], weight_VD.device
-        if num_rows is None:
-            fitting = _power_of_two_within(CHUNK_BYTES // (vocab_size * dtype.itemsize))
-            num_rows = min(max(fitting, CHUNK_ROWS[0]), CHUNK_ROWS[1])
-        num_rows = min(num_rows, _padded_rows(num_positions))
-        block_rows = min(num_rows, max(SMALLEST_ROWS, _power_of_two_within(block_bytes(device) // (4 * vocab_size))))
+        num_rows = rows_of_chunk(num_positions, vocab_size, dtype, asked=num_rows)
+        block_rows = rows_of_block(num_rows, vocab_size, device)
 
         def rows_of_fp32() -> Tensor:
             return torch.empty(block_rows, vocab_size, dtype=torch.float32, device=device)
@@ -231,11 +243,13 @@ def _differentiate_(
     denominator: float,
     tempered_bV: Tensor | None,
     is_differentiated: bool,
-) -> Tensor:
-    """Sums (total, CE, D) of a block; dL/d(hidden @ weightᵀ + bias) in place of the logits where wanted."""
+    detailed: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss of a block and its measures [M, b]; dL/d(hidden @ weightᵀ + bias) in place of the logits where wanted."""
     slope = _head_slope(head, logits_bV)  # while the logits are still whole
     label_b1 = targets.label_N[:, None]
     label_logit_b, kept_bK = logits_bV.gather(1, label_b1).squeeze(1), logits_bV.gather(1, targets.kept_ids_NK)
+    top_b = logits_bV.argmax(dim=1) if detailed else None
     off_b = _mask_kept_(logits_bV, kept_bK, targets)
     # Whatever all logits of a position have in common is taken off: at 1e3 it would cost their differences four digits.
     shift_b = torch.cat([off_b[:, None], kept_bK.masked_fill(~targets.is_kept_NK, -torch.inf)], dim=1).amax(dim=1)
@@ -243,6 +257,7 @@ def _differentiate_(
     if tempered_bV is not None:
         tempered_bV = torch.div(logits_bV, temperature, out=tempered_bV[: len(logits_bV)])
     inputs = [kept_bK - shift_b[:, None], label_logit_b - shift_b, largest_b + _softmax_(logits_bV)]
+    off_entropy_b, has_entropy_b = _entropy(logits_bV, stride=1 if detailed else ENTROPY_STRIDE)
     if tempered_bV is not None:
         inputs.append(largest_b / temperature + _softmax_(tempered_bV))
     # Hooks of a checkpoint around the loss are not for what is differentiated here and now.
@@ -255,9 +270,17 @@ def _differentiate_(
             tempered_lse_off_n=leaves[-1],
             shift_n=shift_b,
         )
-        per_position_3b = torch.stack(per_position(objective, student, targets))
-        sums_3 = (targets.weight_N * per_position_3b).sum(dim=1)
-        total = sums_3[0] / denominator
+        total_b, ce_b, kd_b = per_position(objective, student, targets)
+        total = (targets.weight_N * total_b).sum() / denominator
+    values_Mb = measure(
+        student.detached(),
+        targets,
+        ce_n=ce_b.detach(),
+        kd_n=kd_b.detach(),
+        off_entropy_n=off_entropy_b,
+        has_entropy_n=has_entropy_b,
+        top_n=top_b,
+    )
     if is_differentiated:
         d_kept_bK, d_label_b, d_off_b, *d_tempered_b = torch.autograd.grad(
             total, leaves, allow_unused=True, materialize_grads=True
@@ -268,7 +291,7 @@ def _differentiate_(
         # Padding of the kept ids adds zeros.
         logits_bV.scatter_add_(1, targets.kept_ids_NK, d_kept_bK).scatter_add_(1, label_b1, d_label_b[:, None])
         logits_bV.mul_(slope)
-    return torch.cat([total.detach()[None], sums_3.detach()[1:]])
+    return total.detach(), values_Mb
 
 
 def _mask_kept_(logits_bV: Tensor, kept_bK: Tensor, targets: Targets) -> Tensor:
@@ -292,6 +315,14 @@ def _softmax_(z_bV: Tensor) -> Tensor:
     """In place of z; returns logsumexp(z) − max(z) [b], exact for a tail of any size: max softmax is 1/V at least."""
     torch.softmax(z_bV, dim=1, out=z_bV)
     return -z_bV.amax(dim=1).log()
+
+
+def _entropy(softmax_bV: Tensor, *, stride: int) -> tuple[Tensor, Tensor]:
+    """Of every so-many-th row, 0 elsewhere [b]; and 1 where it was taken [b]."""
+    entropy_b, has_entropy_b = (softmax_bV.new_zeros(len(softmax_bV)) for _ in range(2))
+    entropy_b[::stride] = torch.special.entr(softmax_bV[::stride]).sum(dim=1)
+    has_entropy_b[::stride] = 1.0
+    return entropy_b, has_entropy_b
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -318,6 +349,18 @@ def _accumulate(d_weight_VD: Tensor, d_product_nV: Tensor, hidden_nD: Tensor) ->
 def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
     device_type = hidden_ND.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_ND.dtype
+
+
+def rows_of_chunk(num_positions: int, vocab_size: int, dtype: torch.dtype, *, asked: int | None) -> int:
+    """Positions whose logits live at once."""
+    fitting = _power_of_two_within(CHUNK_BYTES // (vocab_size * dtype.itemsize))
+    wanted = asked or min(max(fitting, CHUNK_ROWS[0]), CHUNK_ROWS[1])
+    return min(wanted, _padded_rows(num_positions))
+
+
+def rows_of_block(chunk_rows: int, vocab_size: int, device: torch.device) -> int:
+    """Of a chunk, those that are fp32 at once."""
+    return min(chunk_rows, max(SMALLEST_ROWS, _power_of_two_within(block_bytes(device) // (4 * vocab_size))))
 
 
 def _power_of_two_within(number: int) -> int:

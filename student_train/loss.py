@@ -82,7 +82,12 @@ class StudentView:
     tempered_lse_off_n: Tensor
     """The same of logits / T; the very same tensor at T = 1."""
     shift_n: Tensor
-    """What was taken off all logits before (and off them / T as shift / T); nothing but z-loss asks for it."""
+    """What was taken off all logits before (and off them / T as shift / T), the largest of them; nothing but z-loss
+    asks for it."""
+
+    def detached(self) -> "StudentView":
+        """Without a gradient."""
+        return StudentView(**{name: value.detach() for name, value in vars(self).items()})
 
 
 def per_position(objective: Objective, student: StudentView, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,6 +103,11 @@ def per_position(objective: Objective, student: StudentView, targets: Targets) -
     divergence = _sampled_kl if objective.tail == "none" else _divergence
     kd_n = divergence(objective, student, targets)
     return total_n + objective.kd_weight * objective.temperature**2 * kd_n, ce_n, kd_n
+
+
+def log_outcomes(student: StudentView, targets: Targets) -> Tensor:
+    """Log q of the kept ids and of all others together [n, B], at temperature 1."""
+    return _log_probabilities(student.kept_logits_nK, student.lse_off_n, targets.is_kept_NK)
 
 
 def _divergence(objective: Objective, student: StudentView, targets: Targets) -> Tensor:
@@ -123,7 +133,7 @@ def _divergence(objective: Objective, student: StudentView, targets: Targets) ->
 
 def _sampled_kl(objective: Objective, student: StudentView, targets: Targets) -> Tensor:
     """−Σ w log q − H over sampled ids: forward KL in expectation, also below 0 for a single position."""
-    log_q_nB = _log_probabilities(student.kept_logits_nK, student.lse_off_n, targets.is_kept_NK)
+    log_q_nB = log_outcomes(student, targets)
     weight_nK = targets.kept_logp_NK.exp().masked_fill(~targets.is_kept_NK, 0.0)
     return -(weight_nK * log_q_nB[:, :-1]).sum(dim=1) - targets.entropy_N
 

@@ -25,6 +25,8 @@ class Objective:
     jsd_beta: float = 0.5
     skew_alpha: float = 0.1
     z_loss: float = 0.0
+    agreement: float = 0.0
+    """c of a position is the teacher's probability of the label to this power."""
 
     def __post_init__(self) -> None:
         for name, value, known in (("divergence", self.divergence, DivergenceName), ("tail", self.tail, Tail)):
@@ -45,5 +47,7 @@ class Objective:
         for name, share in (("jsd_beta", self.jsd_beta), ("skew_alpha", self.skew_alpha)):
             if not 0 < share < 1:
                 raise ValueError(f"{name} lies between 0 and 1, got {share}")
+        if not 0 <= self.agreement < math.inf:
+            raise ValueError(f"agreement is not negative, got {self.agreement}")
         if not (0 <= self.kd_weight <= 1 and 0 <= self.z_loss < math.inf):
             raise ValueError(f"kd_weight is 0 to 1 and z_loss not negative, got {self.kd_weight} and {self.z_loss}")

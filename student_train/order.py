@@ -8,10 +8,13 @@ One source: an epoch permutes its blocks.  A row of the b-th of B blocks comes a
 lengths.  With M ≥ B that is a uniform permutation of all rows.  Several sources: the k-th row of source s, of all its
 epochs, comes at the time (k + ½) / w_s, so that after any number of rows each source has its share within one.
 
+A source whose rows have a difficulty may come in another order, its `Pace`: `EasyToHard` or `Competence`.  Either is as
+much a pure function of the row's number k, and changes nothing of which source comes when.
+
 Random numbers are the raw words of PCG64 and the words that SeedSequence makes of seeds, whose values numpy promises
 never to change; those of its distributions may.
 
-Memory: 8 bytes for each row of the epochs under way.
+Memory: 8 bytes for each row of the epochs under way; with a pace 8 more for the difficulty.
 """
 
 import math
@@ -23,6 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
+
+DRAWS = 4096
+"""Random draws that are made at once; another number would be other rows."""
 
 
 def uniforms(count: int, *seed: int) -> NDArray[np.float64]:
@@ -38,6 +45,45 @@ def epoch_order(block_sizes: Sequence[int], spread: int, *seed: int) -> Int64:
     place_B[np.argsort(uniforms(num_blocks, *seed, 0), kind="stable")] = np.arange(num_blocks)
     time_R = np.repeat(place_B, block_sizes) + min(spread, num_blocks) * uniforms(num_rows, *seed, 1)
     return np.argsort(np.where(time_R >= num_blocks, time_R - num_blocks, time_R), kind="stable")
+
+
+def ranked(difficulty_R: Float64, *seed: int) -> Int64:
+    """The stored indices of all rows, easiest first; what is equally hard stands in random order."""
+    return np.lexsort((uniforms(len(difficulty_R), *seed, 3), difficulty_R))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EasyToHard:
+    """Every epoch goes from the easiest row to the hardest; ties come in another order each time.
+
+    Neighbours in difficulty lie anywhere, so all blocks of such a source are soon needed, and stay in memory.
+    """
+
+    difficulty_R: Float64
+    """Of each row, in the order that rows are stored in."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Competence:
+    """Each of the first rows is drawn at random, with replacement, from the easiest: of the k-th from the share c(k).
+
+    c(k) = sqrt(begin² + (1 − begin²) k / growing_rows), the square root of Platanios et al., arXiv 1903.09848, equation
+    6.  Then come shuffled epochs.  Memory as for `EasyToHard`.
+    """
+
+    difficulty_R: Float64
+    begin: float
+    growing_rows: int
+    """That are drawn so."""
+
+    def num_easiest(self, count_R: Int64) -> Int64:
+        """How many rows may be drawn for the so many-th row of the source."""
+        grown_R = count_R / self.growing_rows
+        competence_R = np.sqrt(self.begin**2 + (1.0 - self.begin**2) * grown_R)
+        return np.clip((competence_R * len(self.difficulty_R)).astype(np.int64), 1, len(self.difficulty_R))
+
+
+Pace = EasyToHard | Competence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +106,28 @@ class Refs:
 class Order:
     """The rows of every step.
 
-    `block_sizes[s]` are the rows of each block of source s; `weights[s]` is its share of the rows, up to a factor.
+    `block_sizes[s]` are the rows of each block of source s; `weights[s]` is its share of the rows, up to a factor;
+    `paces[s]` its own order, None where it is shuffled, as all are where no paces are given.
     """
 
     block_sizes: tuple[tuple[int, ...], ...]
-    weights: tuple[float, ...]
+    weights: tuple[float | Fraction, ...]
     rows_per_step: int
     spread: int
     seed: int
+    paces: tuple[Pace | None, ...] = ()
     _whole: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """Weights as whole numbers of the same proportions."""
     _orders: dict[int, dict[int, Int64]] = field(init=False, repr=False, compare=False, default_factory=dict)
     """By source and epoch, those that were asked for last: a step may lie in two epochs."""
+    _ranks: dict[int, Int64] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """By source, of those that are drawn from."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "paces", self.paces or (None,) * len(self.block_sizes))
+        assert len(self.paces) == len(self.block_sizes)
+        for pace, sizes in zip(self.paces, self.block_sizes, strict=True):
+            assert pace is None or len(pace.difficulty_R) == sum(sizes)
         assert 0 < len(self.block_sizes) == len(self.weights)
         assert min(*map(sum, self.block_sizes), *self.weights) > 0
         fractions = [Fraction(str(weight)) for weight in self.weights]  # the number that was written
@@ -115,6 +169,15 @@ class Order:
 
     def _stored(self, source: int, count_R: Int64) -> Int64:
         """Stored indices of the so many-th rows of a source, of all its epochs."""
+        pace = self.paces[source]
+        if not isinstance(pace, Competence):
+            return self._of_epochs(source, count_R)
+        stored_R, is_drawn = np.empty_like(count_R), count_R < pace.growing_rows
+        stored_R[is_drawn] = self._drawn(source, pace, count_R[is_drawn])
+        stored_R[~is_drawn] = self._of_epochs(source, count_R[~is_drawn] - pace.growing_rows)
+        return stored_R
+
+    def _of_epochs(self, source: int, count_R: Int64) -> Int64:
         sizes = self.block_sizes[source]
         epoch_R, place_R = np.divmod(count_R, sum(sizes))
         stored_R = np.empty_like(count_R)
@@ -123,11 +186,26 @@ class Order:
             stored_R[is_of] = self._epoch(source, epoch)[place_R[is_of]]
         return stored_R
 
+    def _drawn(self, source: int, pace: Competence, count_R: Int64) -> Int64:
+        draw_R, (run_R, place_R) = np.empty(len(count_R)), np.divmod(count_R, DRAWS)
+        for run in np.unique(run_R).tolist():
+            is_of = run_R == run
+            draw_R[is_of] = uniforms(DRAWS, self.seed, source, run, 2)[place_R[is_of]]
+        ranks = self._ranks.get(source)
+        if ranks is None:
+            ranks = self._ranks[source] = ranked(pace.difficulty_R, self.seed, source, 0)
+        return ranks[(draw_R * pace.num_easiest(count_R)).astype(np.int64)]
+
     def _epoch(self, source: int, epoch: int) -> Int64:
         kept = self._orders.setdefault(source, {})
         order = kept.get(epoch)  # other threads may ask for steps as well
         if order is None:
-            order = kept[epoch] = epoch_order(self.block_sizes[source], self.spread, self.seed, source, epoch)
+            pace, seed = self.paces[source], (self.seed, source, epoch)
+            order = kept[epoch] = (
+                ranked(pace.difficulty_R, *seed)
+                if isinstance(pace, EasyToHard)
+                else epoch_order(self.block_sizes[source], self.spread, *seed)
+            )
             for other in [each for each in list(kept) if abs(each - epoch) > 1]:
                 kept.pop(other, None)
         return order

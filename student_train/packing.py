@@ -3,7 +3,8 @@
 Packed, rows stand one behind the other in lines.  Attention and positions do not cross from one to the next, so the
 loss and its gradient are those of the rows alone, whatever is packed with what; see `student_train.attention`.
 
-A pass is a list of lines, a line a list of rows, by their indices.
+A pass is a list of lines, a line a list of rows, by their indices.  Ranks that share gradients or weights meet in every
+pass, so each has as many; one that has nothing to say in a pass takes part in silence, with an empty list.
 """
 
 import heapq
@@ -85,7 +86,7 @@ class Cut:
 
 
 def cut_into_passes(lengths: Sequence[int], shape: Shape, num_ranks: int) -> Cut:
-    """The passes of a step's rows.  Which rows are trained on does not depend on it, nor on the number of ranks."""
+    """The passes of a step's rows, as many for every rank.  Which rows are trained on does not depend on it."""
     if shape.line_tokens is None:
         shares = dealt(lengths, num_ranks)
         passes = [_single_lines(share, lengths, shape.batch_tokens) for share in shares]
@@ -93,6 +94,7 @@ def cut_into_passes(lengths: Sequence[int], shape: Shape, num_ranks: int) -> Cut
         lines = packed_lines(lengths, shape.line_tokens, num_ranks)
         shares = dealt([sum(lengths[index] for index in line) for line in lines], num_ranks)
         passes = [_grouped([lines[i] for i in share], shape.lines_per_pass) for share in shares]
+    passes = _evened(passes)
     sizes = [size(each, lengths, shape) for share in passes for each in share]
     computed = sum(height * width for height, width in sizes)
     return Cut(passes=passes, waste=1 - sum(lengths) / computed)
@@ -100,10 +102,41 @@ def cut_into_passes(lengths: Sequence[int], shape: Shape, num_ranks: int) -> Cut
 
 def size(lines: Pass, lengths: Sequence[int], shape: Shape) -> tuple[int, int]:
     """Lines of a pass, and tokens of each, padding included."""
+    lines = lines or [[shortest(lengths)]]
     widest = max(sum(lengths[index] for index in line) for line in lines)
     if shape.is_static and shape.line_tokens is not None:
         return shape.lines_per_pass, max(shape.line_tokens, widest)
     return len(lines), widest
+
+
+def shortest(lengths: Sequence[int]) -> int:
+    """The row that a silent pass is made of."""
+    return min(range(len(lengths)), key=lengths.__getitem__)
+
+
+def _evened(shares: list[list[Pass]]) -> list[list[Pass]]:
+    """As many passes for each: the largest are halved, and where nothing is left to halve a pass is silent."""
+    most = max(map(len, shares))
+    return [_with_passes(share, most) for share in shares]
+
+
+def _with_passes(share: list[Pass], count: int) -> list[Pass]:
+    share = list(share)
+    while len(share) < count:
+        place = max(range(len(share)), key=lambda i: sum(map(len, share[i])), default=0)
+        halves = _halves(share[place]) if share else None
+        if halves is None:
+            return share + [[] for _ in range(count - len(share))]
+        share[place : place + 1] = halves
+    return share
+
+
+def _halves(lines: Pass) -> list[Pass] | None:
+    """Two passes of a pass, by its lines or else by the rows of its only line; None where it is one row."""
+    if len(lines) > 1:
+        return [lines[: len(lines) // 2], lines[len(lines) // 2 :]]
+    line = lines[0]
+    return [[line[: len(line) // 2]], [line[len(line) // 2 :]]] if len(line) > 1 else None
 
 
 def _single_lines(share: list[int], lengths: Sequence[int], batch_tokens: int) -> list[Pass]:

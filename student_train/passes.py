@@ -21,7 +21,7 @@ from student_train.attention import Attention
 from student_train.collate import targets_of
 from student_train.loss import Targets
 from student_train.objective import Objective
-from student_train.packing import Pass, Shape, cut_into_passes, size
+from student_train.packing import Pass, Shape, cut_into_passes, shortest, size
 
 POSITIONS_MULTIPLE = 256
 """Where shapes are static, N is a multiple of it."""
@@ -39,6 +39,10 @@ class ForwardPass:
     targets: Targets
     document_lengths: tuple[int, ...]
     """Of the documents of a single line, padding included."""
+    rows: tuple[int, ...]
+    """Which of the step's rows are in it, in the order of their positions; none in a silent one."""
+    positions: tuple[int, ...]
+    """Of each of them; what N has beyond them has weight 0."""
 
     def to(self, device: torch.device) -> "ForwardPass":
         """Not waiting for it where memory is pinned."""
@@ -64,10 +68,14 @@ def make_pass(
 ) -> ForwardPass:
     """The lines of a pass, each of indices into `rows`, in a rectangle of `size`, on the CPU.
 
+    A pass without lines is silent: it is made of the shortest row, which has weight 0.
+
     Raises:
         MismatchError, ValueError: the rows' targets cannot be used; see `student_train.collate`.
     """
     height, width = size
+    is_silent = not lines
+    lines = lines or [[shortest([row.num_tokens for row in rows])]]
     input_ids_BL = np.zeros((height, width), dtype=np.int64)
     position_ids_BL = np.zeros((height, width), dtype=np.int64)
     documents, sources = [], []
@@ -84,7 +92,10 @@ def make_pass(
             longest = max(documents)  # as long as a row may be, so that no position is beyond what the model knows
             position_ids_BL[line, begin:] = np.arange(width - begin) % longest
             documents += [longest] * ((width - begin) // longest) + [(width - begin) % longest]
-    targets = targets_of([rows[index] for line in lines for index in line], objective, vocab_size=vocab_size)
+    order = [index for line in lines for index in line]
+    targets = targets_of([rows[index] for index in order], objective, vocab_size=vocab_size)
+    if is_silent:
+        targets, order = replace(targets, weight_N=torch.zeros_like(targets.weight_N)), []
     source_N = np.concatenate(sources)
     if is_static:
         wanted = -(-len(source_N) // POSITIONS_MULTIPLE) * POSITIONS_MULTIPLE
@@ -95,6 +106,8 @@ def make_pass(
         source_N=torch.from_numpy(source_N),
         targets=targets,
         document_lengths=tuple(filter(None, documents)),
+        rows=tuple(order),
+        positions=tuple(rows[index].num_positions for index in order),
     )
 
 

@@ -1,25 +1,18 @@
-"""Processes that train one student together, each on its share of every step.
+"""Processes that train one student together, each on its share of every step, and what they tell each other.
 
-Every rank computes the loss of its own positions, and the ranks' gradients are averaged.  That average is the gradient
-of the whole step's loss where every rank divides by the mean over ranks of Σ c, however unlike their shares are:
-
-    1/R · Σ_r [ Σ_r c_i·L_i / (1/R · Σ c) ]  =  Σ c_i·L_i / Σ c
-
-Every rank knows the rows of all, so nothing has to be asked for that mean.
+Numbers for people and decisions travel between hosts' memories; gradients and weights between devices, see
+`student_train.parallel`.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch import distributed
 
-AVERAGED_BYTES = 64 << 20
-"""Of gradients that travel at once."""
+from shared.device import make_current
 
 
 @dataclass(frozen=True)
@@ -37,43 +30,26 @@ class Ranks:
         return self.rank == 0
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over the ranks, in double precision: between their hosts, not their devices."""
+        """Each value summed over the ranks, in double precision."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.count > 1:
             distributed.all_reduce(total)
         return total.tolist()
 
-    def average_gradients_(self, model: nn.Module) -> None:
-        """The mean over ranks of every gradient, in place; a parameter without one has a gradient of 0."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    def gathered(self, said: bytes) -> list[bytes]:
+        """What every rank says, in their order."""
         if self.count == 1:
-            return
-        for some in _runs([parameter.grad for parameter in parameters if parameter.grad is not None]):
-            flat = torch.cat([gradient.flatten() for gradient in some])
-            distributed.all_reduce(flat)
-            flat /= self.count
-            for gradient, averaged in zip(some, flat.split([each.numel() for each in some]), strict=True):
-                gradient.copy_(averaged.view_as(gradient))
+            return [said]
+        lengths = self.sums([len(said) * (rank == self.rank) for rank in range(self.count)])
+        own = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+        own[: len(said)] = torch.frombuffer(bytearray(said or b"\0"), dtype=torch.uint8)[: len(said)]
+        every = [torch.empty_like(own) for _ in range(self.count)]
+        distributed.all_gather(every, own)
+        return [bytes(each[: int(length)].numpy()) for each, length in zip(every, lengths, strict=True)]
 
     def barrier(self) -> None:
         """Go on when all ranks are here."""
-        if self.count > 1:
-            distributed.barrier()
-
-
-def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of one dtype, up to AVERAGED_BYTES."""
-    run: list[Tensor] = []
-    for tensor in tensors:
-        if run and (tensor.dtype != run[0].dtype or sum(each.nbytes for each in run) >= AVERAGED_BYTES):
-            yield run
-            run = []
-        run.append(tensor)
-    if run:
-        yield run
+        self.sums([0.0])  # between hosts: a device's own barrier would first have to know which device that is
 
 
 @contextmanager
@@ -85,23 +61,8 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     # Counts travel between hosts' memories, gradients between devices.
     own = distributed.get_default_backend_for_device(device)
     distributed.init_process_group(own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}")
+    make_current(device)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
     finally:
         distributed.destroy_process_group()
-
-
-def whole(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The parameter as one plain tensor, gathered in `dtype` where it is sharded; as it is where it is not.
-
-    On the way back the ranks' gradients are averaged and scattered, as DDP and FSDP2 do it with all others; in `dtype`,
-    and in every pass, whatever FSDP2 was told of its own reductions.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    mesh = parameter.device_mesh
-    sharded: Any = parameter.to(dtype)
-    gathered = sharded.full_tensor(grad_placements=[Partial("sum")] * mesh.ndim)
-    if gathered.requires_grad:
-        gathered.register_hook(lambda gradient: gradient / mesh.size())
-    return gathered

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
@@ -23,58 +24,18 @@ from shared.fingerprint import RowsDigest, require_same_tokenizer, sha256_of_jso
 from shared.manifest import losses_line
 from shared.progress import progress
 from shared.records import RecordReader
-from shared.rows import LogitRow, Row, fitted
+from shared.rows import Bool, Int32, LogitRow, Row, fitted
 from shared.text_config import TextSettings
 from shared.text_rows import Tally, TextRows
-from student_train.config import SourceSettings
+from student_train.asked import as_asked
+from student_train.data_config import SourceSettings
+from student_train.facts import Facts
+from student_train.source_protocol import Manners, Source
 
 logger = logging.getLogger("logitferry")
 
 TEXT_BLOCK_RECORDS = 512  # the default unit of a dump, so that text and its dataset are shuffled alike
 READERS = 16  # of sample ids, which from afar are mostly waited for
-
-
-class Source(Protocol):
-    """Rows in blocks.  Ids are known without reading the rows."""
-
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        ...
-
-    @property
-    def sample_ids(self) -> Sequence[pa.StringArray]:
-        """Of each block."""
-        ...
-
-    @property
-    def longest_row(self) -> int:
-        """In tokens; no row is longer."""
-        ...
-
-    @property
-    def temperatures(self) -> Sequence[float]:
-        """Those that the teacher is known at; none where there is no teacher."""
-        ...
-
-    @property
-    def is_sampled(self) -> bool:
-        """Are the teacher's kept ids a sample with weights?"""
-        ...
-
-    def at(self, temperature: float | None) -> "Source":
-        """With the teacher at one of its temperatures, or without it."""
-        ...
-
-    def read_block(self, index: int) -> Sequence[Row]: ...
-
-    def identity(self) -> dict[str, Any]:
-        """Equal where blocks, rows and what is said of them are equal."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """What a run trained on, for people."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +56,10 @@ class DatasetSource:
     truncate: bool = False
     tally: dict[str, int] = field(default_factory=dict)
     """What became of longer rows."""
+    taken: list[Int32] | None = None
+    """Which of the rows of each block, as they were fitted, it has; None for all."""
+    facts: Facts | None = field(default=None, repr=False)
+    manners: Manners | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -117,7 +82,29 @@ class DatasetSource:
         return replace(self, temperature=temperature)
 
     def read_block(self, index: int) -> Sequence[Row]:
-        return [self._read(row) for row, _ in self.fitted_block(index) if row is not None]
+        return [self._read(row) for row in self._taken(index, self.fitted_block(index))]
+
+    def read_outline(self, index: int) -> Sequence[Row]:
+        return self._taken(index, self._fitted(self.dataset.outlines(index)))
+
+    def _taken(self, index: int, fitted: list[tuple[LogitRow | None, str | None]]) -> list[LogitRow]:
+        rows = [row for row, _ in fitted if row is not None]
+        return rows if self.taken is None else [rows[row] for row in self.taken[index]]
+
+    def origins(self, index: int) -> pa.StringArray:
+        names = self.dataset.names(index)
+        places = pc.call_function("index_in", [self.sample_ids[index]], pc.SetLookupOptions(names["sample_id"]))
+        return names["source"].take(places).combine_chunks()
+
+    def taking(self, is_taken: Sequence[Bool], facts: Facts | None, manners: Manners | None) -> "DatasetSource":
+        before = self.taken or [np.arange(len(ids), dtype=np.int32) for ids in self.sample_ids]
+        return replace(
+            self,
+            sample_ids=[ids.filter(pa.array(marks)) for ids, marks in zip(self.sample_ids, is_taken, strict=True)],
+            taken=[rows[marks] for rows, marks in zip(before, is_taken, strict=True)],
+            facts=facts,
+            manners=manners,
+        )
 
     def _read(self, row: LogitRow) -> Row:
         if self.temperature is None:
@@ -131,7 +118,9 @@ class DatasetSource:
 
     def fitted_block(self, index: int) -> list[tuple[LogitRow | None, str | None]]:
         """Every row of a block, or none where it does not fit, with the count that it goes under."""
-        rows = self.dataset.read_shard(index)
+        return self._fitted(self.dataset.read_shard(index))
+
+    def _fitted(self, rows: list[LogitRow]) -> list[tuple[LogitRow | None, str | None]]:
         if self.context_tokens is None:
             return [(row, None) for row in rows]
         return [fitted(row, self.context_tokens, truncate=self.truncate) for row in rows]
@@ -141,7 +130,7 @@ class DatasetSource:
         return {"manifest_sha256": self.dataset.identity(), **cut}
 
     def record(self) -> dict[str, Any]:
-        return {"dataset": self.dataset.name, **self.identity(), "tally": self.tally}
+        return {"dataset": self.dataset.name, **self.identity(), "tally": self.tally, **_counted(self.manners)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +142,8 @@ class TextSource:
     tally: Tally
     temperatures: tuple[float, ...] = ()
     is_sampled: bool = False
+    facts: Facts | None = field(default=None, repr=False)
+    manners: Manners | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -173,6 +164,19 @@ class TextSource:
     def read_block(self, index: int) -> Sequence[Row]:
         return self.blocks[index]
 
+    def read_outline(self, index: int) -> Sequence[Row]:
+        return self.blocks[index]
+
+    def origins(self, index: int) -> pa.StringArray:
+        return pa.array([row.source for row in self.blocks[index]], pa.string())
+
+    def taking(self, is_taken: Sequence[Bool], facts: Facts | None, manners: Manners | None) -> "TextSource":
+        blocks = [
+            [row for row, mark in zip(block, marks, strict=True) if mark]
+            for block, marks in zip(self.blocks, is_taken, strict=True)
+        ]
+        return replace(self, blocks=blocks, facts=facts, manners=manners)
+
     def identity(self) -> dict[str, Any]:
         digest = RowsDigest()
         for block in self.blocks:
@@ -181,7 +185,11 @@ class TextSource:
         return {"rows_digest": digest.text(), "blocks_sha256": sha256_of_json([len(block) for block in self.blocks])}
 
     def record(self) -> dict[str, Any]:
-        return {"files": self.files, **self.identity(), "tally": asdict(self.tally)}
+        return {"files": self.files, **self.identity(), "tally": asdict(self.tally), **_counted(self.manners)}
+
+
+def _counted(manners: Manners | None) -> dict[str, Any]:
+    return {} if manners is None else {"manners": manners.counts}
 
 
 def open_source(
@@ -189,7 +197,12 @@ def open_source(
 ) -> Source:
     """The rows that a config names, checked against the student.
 
+    Rows of a manner that is not asked for are left out.  Where manner or curriculum ask what stands in rows, all of
+    them are read; else no block is.
+
     Raises:
+        ConfigError: there is no row of a manner that is asked for.
+        DamagedDataError: see `shared.dataset`.
         MismatchError: the student's vocabulary is smaller than its tokenizer; the dataset was made with another
             tokenizer, or has rows that are too long.
         RecordError: text that cannot become rows.
@@ -202,9 +215,11 @@ def open_source(
         )
     if settings.dataset is not None:
         dataset = open_dataset(settings.dataset, cache)
-        return _checked(dataset, settings, tokenizer.backend_tokenizer, vocab_size, context_tokens)
-    assert settings.text is not None
-    return _read_text(settings.text, tokenizer, context_tokens)
+        source: Source = _checked(dataset, settings, tokenizer.backend_tokenizer, vocab_size, context_tokens)
+    else:
+        assert settings.text is not None
+        source = _read_text(settings.text, tokenizer, context_tokens)
+    return as_asked(source, settings, tokenizer.backend_tokenizer)
 
 
 def open_dataset(name: str, cache: str | None) -> LogitDataset:

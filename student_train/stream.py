@@ -6,7 +6,8 @@ not before.
 
 Memory: `shuffle_blocks` decoded blocks of each source and those that are read ahead; for the length of a block at the
 border of two epochs the blocks of both.  Reads: every block once an epoch, but for one that `shuffle_blocks` exceed,
-where those at its border are read twice.
+where those at its border are read twice.  A source that comes by difficulty is another matter: its neighbours lie in
+blocks all over, so each of them is read once, most of them before the first step, and all stay in memory.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 from typing import TypeVar
 
@@ -23,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.overlap import MadeAhead
-from shared.records import first_of_repeats
+from shared.records import asked_of, first_of_repeats
 from shared.rows import Row
-from student_train.order import Order, Refs
+from student_train.order import Order, Pace, Refs
 from student_train.sources import Source
 
 T = TypeVar("T")
@@ -37,9 +39,9 @@ STEPS_AHEAD = 2
 def is_held_out(sample_id: str, fraction: float) -> bool:
     """A hash of the sample id alone: the same rows on every machine, whatever else is in the data.
 
-    Repeats of one content land on the side of the first.
+    Repeats of one content land on the side of the first, and rollouts on that of the row whose prompt they answer.
     """
-    digest = hashlib.sha256(first_of_repeats(sample_id).encode()).digest()
+    digest = hashlib.sha256(first_of_repeats(asked_of(sample_id)).encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
@@ -55,9 +57,14 @@ class Selection:
     @staticmethod
     def of(source: Source, takes: Callable[[str], bool]) -> "Selection":
         """The rows whose sample id `takes` takes."""
-        rows = [
-            np.flatnonzero([takes(name) for name in block.to_pylist()]).astype(np.int32) for block in source.sample_ids
-        ]
+        return Selection.where(
+            source, [np.array(list(map(takes, block.to_pylist())), bool) for block in source.sample_ids]
+        )
+
+    @staticmethod
+    def where(source: Source, is_taken: Sequence[NDArray[np.bool_]]) -> "Selection":
+        """The rows that are marked, block by block."""
+        rows = [np.flatnonzero(marks).astype(np.int32) for marks in is_taken]
         blocks = [index for index, some in enumerate(rows) if len(some)]
         return Selection(source=source, blocks=blocks, rows=[rows[index] for index in blocks])
 
@@ -70,6 +77,14 @@ class Selection:
     def num_rows(self) -> int:
         """Of all blocks together."""
         return sum(self.sizes)
+
+    def marks(self) -> NDArray[np.bool_]:
+        """Of all rows of the source, in its order, which it has."""
+        sizes = [len(block) for block in self.source.sample_ids]
+        begins, is_taken_R = np.cumsum([0, *sizes]), np.zeros(sum(sizes), dtype=np.bool_)
+        for block, rows in zip(self.blocks, self.rows, strict=True):
+            is_taken_R[begins[block] + rows] = True
+        return is_taken_R
 
     def read(self, index: int) -> list[Row]:
         """The rows of one of its blocks."""
@@ -94,15 +109,16 @@ class StepRows:
 class Stream:
     """The rows of several selections, mixed by weight, epoch after epoch.
 
-    `weights` are their shares of the rows, up to a factor; None takes as many as each has.
-    None of the selections is empty.
+    `weights` are their shares of the rows, up to a factor; None takes as many as each has.  `paces` are the orders of
+    those that are not shuffled.  None of the selections is empty.
     """
 
     def __init__(
         self,
         selections: Sequence[Selection],
         *,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float | Fraction] | None = None,
+        paces: Sequence[Pace | None] = (),
         rows_per_step: int,
         seed: int,
         shuffle_blocks: int,
@@ -115,6 +131,7 @@ class Stream:
             rows_per_step=rows_per_step,
             spread=shuffle_blocks,
             seed=seed,
+            paces=tuple(paces),
         )
 
     @property
@@ -152,18 +169,22 @@ class Stream:
         source, index = block
         return self._selections[source].read(index)
 
-    def _patience(self) -> list[int]:
+    def _patience(self) -> list[float]:
         """For how many steps a block of each source may go unused before it is taken to be done with.
 
         Its rows come evenly spread among those of M blocks: one in M/share rows.  That eight times as many pass without
-        one happens once in 3,000 times, and then it is read again.
+        one happens once in 3,000 times, and then it is read again.  Where rows come by difficulty, the next one may be
+        anywhere.
         """
         order, total = self.order, sum(self.order.weights)
         gaps = [
             min(order.spread, len(each.blocks)) * total / weight
             for each, weight in zip(self._selections, order.weights, strict=True)
         ]
-        return [STEPS_AHEAD + math.ceil(8 * gap / order.rows_per_step) for gap in gaps]
+        return [
+            STEPS_AHEAD + math.ceil(8 * gap / order.rows_per_step) if pace is None else math.inf
+            for gap, pace in zip(gaps, order.paces, strict=True)
+        ]
 
     def _num_steps_ahead(self) -> int:
         """As many as use up a block, so that the next one is read before it is needed."""
@@ -175,7 +196,7 @@ class _Blocks:
     """Blocks that are read by threads and held until no step has asked for them for a while."""
 
     def __init__(
-        self, read: Callable[[tuple[int, int]], list[Row]], threads: ThreadPoolExecutor, patience: Sequence[int]
+        self, read: Callable[[tuple[int, int]], list[Row]], threads: ThreadPoolExecutor, patience: Sequence[float]
     ) -> None:
         self._read, self._threads, self._patience = read, threads, patience
         self._held: dict[tuple[int, int], Future[list[Row]]] = {}

@@ -9,39 +9,61 @@ in the same order, whatever the number of ranks.
 
 import json
 import logging
-import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
-from torch import nn
 
+from shared.amounts import size
 from shared.config import load_settings, settings_yaml
-from shared.device import pick_device
-from shared.errors import ConfigError, MismatchError, NonFiniteError, OutputError
+from shared.device import (
+    free_cached_memory,
+    host_peak_bytes,
+    is_out_of_memory,
+    peak_bytes,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+)
+from shared.errors import ConfigError, DivergedError, MismatchError, NoMemoryError, NonFiniteError, OutputError
 from shared.files import claim_folder, write_atomically
+from shared.fingerprint import sha256_of_json
 from shared.interruption import Interruption, held_back
+from shared.pretrained import weights_digest
 from shared.progress import Ticker, progress
-from student_train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints, Progress, Trained, seed_step
-from student_train.config import OptimizerSettings, TrainSettings
-from student_train.data import Batch, TrainingData, find_objective
+from student_train.checkpoint import Checkpoints, Progress, Trained
+from student_train.config import TrainSettings
+from student_train.data import Batch, TrainingData, find_objective, num_steps, require_data
 from student_train.evaluate import evaluate
+from student_train.lineage import LINEAGE_NAME, Lineage, writer_name
 from student_train.log import RunLog
 from student_train.ranks import Ranks, joined_ranks
+from student_train.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_NAME,
+    DROPPED_NAME,
+    HELD_OUT_NAME,
+    LOG_NAME,
+    MODEL_FOLDER,
+    RUN_NAME,
+)
+from student_train.sinks import open_sinks
+from student_train.step import Stepper, make_optimizer
 from student_train.student import Student
 
 logger = logging.getLogger("logitferry")
 
-MODEL_FOLDER = "model"
-LOG_NAME = "log.jsonl"
-CONFIG_NAME = "config.yaml"
-RUN_NAME = "run.json"
-MEANS = {"batch_tokens", "packing", "static_shapes", "loader_threads", "checkpoint", "device", "deterministic"}
+MEANS: Any = {
+    "student": {"attention", "gradient_checkpointing", "compile"},
+    **dict.fromkeys(("batch_tokens", "packing", "static_shapes", "loader_threads", "parallel"), True),
+    **dict.fromkeys(("checkpoint", "anomaly", "log", "device", "deterministic"), True),
+}
 """Settings that say how, not what: a run is the same run with others."""
 STAGE_SETTINGS = ("optimizer", "rows_per_step", "shuffle_blocks", "seed")
 """With the loss, the number of steps and the share that is held out: without these as they were, no run goes on."""
@@ -62,17 +84,51 @@ def finished_run(settings: TrainSettings) -> dict[str, Any] | None:
             f"{output / MODEL_FOLDER} was trained with other settings, see {output / CONFIG_NAME}",
             next_step="give this run another `output`, or remove the folder",
         )
+    _require_same_start(settings, output / MODEL_FOLDER)
     return json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
-    """Train to the end, by as many ranks as were started; see `Trainer.run`."""
-    device = pick_device(settings.device)
+def _require_same_start(settings: TrainSettings, model: Path) -> None:
+    """A stage that is done stays done only while the one that it came of is what it was.
+
+    Raises:
+        MismatchError: where it began there are other weights now.
+    """
+    start = Path(settings.student.model)
+    if not start.is_dir() or not (model / LINEAGE_NAME).is_file():
+        return
+    begun = Lineage.read(model / LINEAGE_NAME)
+    if (now := writer_name({"weights_sha256": weights_digest(start)})) not in begun:
+        raise MismatchError(
+            f"{model} has not come of {start} as it is now: those weights are {now}, it came of {', '.join(begun)}",
+            next_step=f"remove {model.parent} to train it again, or put the earlier weights back",
+        )
+
+
+def train(runs: Sequence[TrainSettings]) -> list[dict[str, Any]]:
+    """Train one after the other to its end, by as many ranks as were started; see `Trainer.run`.
+
+    Those that are finished are not repeated.  All of them take the device of the first.
+    """
+    if all(records := [finished_run(settings) for settings in runs]):
+        return [record for record in records if record]
+    for settings, record in zip(runs, records, strict=True):
+        if record is None and len(runs) > 1:
+            require_data(settings)  # not after the stages before it have taken a night
+    device = pick_device(runs[0].device)
+    with joined_ranks(device) as ranks:
+        return [finished_run(settings) or _train(settings, ranks) for settings in runs]
+
+
+def _train(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    with joined_ranks(device) as ranks:
+    torch.use_deterministic_algorithms(settings.deterministic)
+    logger.info("%s: begins with %s", settings.output, settings.student.model)
+    try:
         return Trainer(settings, ranks).run()
+    finally:
+        free_cached_memory(ranks.device)
 
 
 class Trainer:
@@ -97,7 +153,8 @@ class Trainer:
             static_shapes=settings.static_shapes,
         )
         self.data = TrainingData(settings, self.student, self.objective, self._ranks)
-        self._steps = _num_steps(settings, self.data.num_rows)
+        self._steps = num_steps(settings, self.data.num_rows)
+        self.student.spread(settings.parallel, self._ranks)
         optimizer = make_optimizer(self.student.model, settings.optimizer)
         schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
@@ -107,8 +164,17 @@ class Trainer:
         )
         self._trained = Trained(model=self.student.model, optimizer=optimizer, schedule=schedule)
         self._identity = self._find_identity()
+        self._lineage = Lineage.of(settings.student.model, self._identity["model"])
         self._checkpoints = Checkpoints(self._output, keep=settings.checkpoint.keep, ranks=self._ranks)
+        self._stepper = Stepper(settings, self.student, self.objective, self._trained, self._ranks)
+        self._peak_flops = self._find_peak_flops()
         self._saved_step, self._saved_s = 0, time.monotonic()
+
+    def _find_peak_flops(self) -> float | None:
+        """Of all ranks' devices together; None where it is not known."""
+        stated, dtype = self._settings.log.peak_tflops, pick_dtype(self._settings.student.product_dtype)
+        own = peak_flops(self._ranks.device, dtype) if stated is None else stated * 1e12
+        return None if own is None else own * self._ranks.count
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint on.  Returns the last held-out means and where the model lies.
@@ -118,19 +184,44 @@ class Trainer:
             DamagedDataError: a shard is not what was written; not one row of it has been trained on, and there is a
                 checkpoint of what was before.
             MismatchError: the newest checkpoint is of other data, another tokenizer, model or stage.
-            NonFiniteError: the loss or its gradient is no number; names the rows.
+            NonFiniteError, DivergedError: the loss or its gradient is no number, or a spike; names the rows, and there
+                is a checkpoint of what was before.
         """
+        self._require_agreement()
         with held_back() as interruption:
             done = self._resume()
             if self._ranks.is_first:
                 write_atomically(self._output / CONFIG_NAME, settings_yaml(self._settings).encode())
+                self._say_what_is_dropped()
             after, seconds = (done.step, done.seconds) if done else (None, 0.0)
+            sinks = open_sinks(self._settings, after=after) if self._ranks.is_first else []
             with (
-                RunLog(self._output / LOG_NAME, after=after, seconds=seconds, writes=self._ranks.is_first) as log,
+                RunLog(
+                    self._output / LOG_NAME, after=after, seconds=seconds, writes=self._ranks.is_first, sinks=sinks
+                ) as log,
                 progress("train", self._steps, "steps", done=after or 0, shown=self._ranks.is_first) as bar,
             ):
                 waited_s = self._run_steps(after or 0, log, bar, interruption)
                 return self._finish(log, waited_s / max(log.seconds - seconds, 1e-9))
+
+    def _require_agreement(self) -> None:
+        """All ranks train the same run.
+
+        Raises:
+            MismatchError: they see unlike data, scores, models or settings.
+        """
+        said = self._ranks.gathered(sha256_of_json([self._identity, self.data.rows_digest(0)]).encode())
+        if len(set(said)) > 1:
+            raise MismatchError(
+                "the ranks see unlike data, scores, models or settings",
+                next_step="give all of them the same config and files, on a file system that they share",
+            )
+
+    def _say_what_is_dropped(self) -> None:
+        """Which rows the curriculum leaves out, and why."""
+        lines = [json.dumps({"sample_id": name, "reason": reason}) + "\n" for name, reason in self.data.dropped()]
+        if lines:
+            write_atomically(self._output / DROPPED_NAME, "".join(lines).encode())
 
     def _run_steps(self, first: int, log: RunLog, bar: Ticker, interruption: Interruption) -> float:
         """All steps that are left.  Returns how long the data were waited for."""
@@ -150,13 +241,35 @@ class Trainer:
                 if batch is None:
                     break
                 begin_s = time.monotonic()
-                entry = self._step(batch)
+                try:
+                    entry = self._step(batch)
+                except (NonFiniteError, DivergedError) as error:  # on all ranks alike
+                    self._save_or_stop(step, log, interruption, error)
+                    raise
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._give_up(step, log, interruption, error)
                 taken_s = time.monotonic() - begin_s + wait_s
                 waited_s += wait_s
-                speed = {"tokens_per_s": round(batch.num_tokens / taken_s, 1), "wait": round(wait_s / taken_s, 4)}
-                log.write({"step": step + 1} | entry | speed | {"waste": round(batch.waste, 4)})
+                log.write({"step": step + 1} | entry | self._speed(batch, taken_s, wait_s))
                 bar.advance(note=" ".join(f"{key} {entry[key]:.4f}" for key in ("ce", "kd") if key in entry))
         return waited_s
+
+    def _give_up(self, step: int, log: RunLog, interruption: Interruption, error: Exception) -> NoReturn:
+        """For want of memory.  Other ranks are somewhere in the middle of a step, so that only one alone can save."""
+        peak = size(peak_bytes(self._ranks.device) or host_peak_bytes())
+        short = NoMemoryError(
+            f"step {step + 1}: {self._ranks.device} has no memory left, at a peak of {peak}: "
+            f"{str(error).splitlines()[0]}",
+            next_step="lower batch_tokens, or set student.gradient_checkpointing: true; then run the same command "
+            "again: it goes on; `student-train estimate` says what fits",
+        )
+        self._trained.optimizer.zero_grad(set_to_none=True)
+        free_cached_memory(self._ranks.device)
+        if self._ranks.count == 1 and not self._stepper.is_changing:  # half a step is nothing to go on from
+            self._save_or_stop(step, log, interruption, short)
+        raise short from error
 
     def _save_or_stop(self, step: int, log: RunLog, interruption: Interruption, error: Exception | None) -> None:
         """What has to be settled between steps, and by all ranks alike: is it time for a checkpoint, or to end?"""
@@ -181,31 +294,19 @@ class Trainer:
             interruption.hand_on()
             raise KeyboardInterrupt  # another rank was asked
 
-    def _step(self, batch: Batch) -> dict[str, float]:
-        model, ranks = self.student.model.train(), self._ranks
-        seed_step(self._settings.seed, batch.step, ranks.rank)
-        denominator = batch.num_positions / ranks.count
-        mine = [0.0, 0.0, 0.0]
-        for sums in self.student.losses(batch.passes, self.objective, denominator=denominator):
-            sums.total.backward()
-            mine = [a + float(b.detach()) for a, b in zip(mine, (sums.total, sums.ce, sums.kd), strict=True)]
-        ranks.average_gradients_(model)
-        loss, ce, kd = ranks.sums(mine)
-        loss /= ranks.count
-        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), self._settings.optimizer.max_grad_norm))
-        if not (grad_norm < float("inf") and loss < float("inf")):
-            names = ", ".join(batch.sample_ids[:8])
-            raise NonFiniteError(
-                f"loss {loss} and gradient norm {grad_norm} in a step over {len(batch.sample_ids)} rows: {names}, …",
-                next_step="lower optimizer.learning_rate, or look at these rows",
-            )
-        entry = {"loss": loss, "ce": ce / batch.num_positions}
-        entry |= {"kd": kd / batch.num_positions} if self._settings.loss.kd_weight else {}
-        entry |= {"lr": float(self._trained.schedule.get_last_lr()[0]), "grad_norm": grad_norm}
-        self._trained.optimizer.step()
-        self._trained.schedule.step()
-        self._trained.optimizer.zero_grad(set_to_none=True)
-        return entry | {"positions": batch.num_positions}
+    def _step(self, batch: Batch) -> dict[str, Any]:
+        return self._stepper.take(batch) | self._lineage.staleness(batch.sources, batch.step)
+
+    def _speed(self, batch: Batch, taken_s: float, wait_s: float) -> dict[str, float]:
+        """What the step took; memory is the most that this process has had."""
+        flops = self.student.flops.of_step(batch.row_tokens, batch.num_positions)
+        return {
+            "tokens_per_s": round(batch.num_tokens / taken_s, 1),
+            **({} if self._peak_flops is None else {"mfu": round(flops / taken_s / self._peak_flops, 4)}),
+            "wait": round(wait_s / taken_s, 4),
+            "waste": round(batch.waste, 4),
+            "peak_bytes": peak_bytes(self._ranks.device) or host_peak_bytes(),
+        }
 
     def _evaluate(self, step: int, log: RunLog, interruption: Interruption) -> None:
         """Look at the held-out rows where it is time to, and it has not been done."""
@@ -213,17 +314,24 @@ class Trainer:
         is_due = step in (0, self._steps) or (every is not None and step % every == 0)
         if not is_due or step in log.evaluated or not self.data.held_out:
             return
-        means = evaluate(self.student, self.data.held_out, self._ranks, interruption)
-        if means is not None:
-            log.evaluated[step] = asdict(means)
-            log.write({"step": step, "held_out": asdict(means)})
+        found = evaluate(self.student, self.data.held_out, self._ranks, interruption, step=step)
+        if found is not None:
+            if self._ranks.is_first:
+                found.write(self._output / HELD_OUT_NAME)
+            log.evaluated[step] = found.means.model_dump()  # what is in the log is not looked at again
+            log.write({"step": step, "held_out": log.evaluated[step]})
 
     def _save(self, step: int, log: RunLog) -> None:
         log.sync()
-        rows = self.data.rows_digest(step - 1)
-        self._checkpoints.save(
-            Progress(step=step, seconds=log.seconds, identity=self._identity, rows=rows), self._trained
+        progress = Progress(
+            step=step,
+            seconds=log.seconds,
+            identity=self._identity,
+            rows=self.data.rows_digest(step - 1),
+            norms=self._stepper.anomalies.norms,
+            skipped=self._stepper.anomalies.skipped,
         )
+        self._checkpoints.save(progress, self._trained)
         self._saved_step, self._saved_s = step, time.monotonic()
 
     def _resume(self) -> Progress | None:
@@ -244,6 +352,7 @@ class Trainer:
                 next_step="go on with the release of logitferry that the run was begun with",
             )
         checkpoint.restore(self._trained)
+        self._stepper.anomalies.norms, self._stepper.anomalies.skipped = done.norms, done.skipped
         logger.info("goes on after step %d, from %s", done.step, checkpoint.folder)
         return done
 
@@ -251,6 +360,8 @@ class Trainer:
         settings = self._settings.model_dump(mode="json")
         stage = {name: settings[name] for name in STAGE_SETTINGS} | {"loss": settings["loss"]}
         del stage["loss"]["chunk_positions"]
+        if not stage["loss"]["agreement"]:  # of which earlier checkpoints know nothing
+            del stage["loss"]["agreement"]
         stage |= {"steps": self._steps, "held_out": {"fraction": settings["held_out"]["fraction"]}}
         data = {str(index): each for index, each in enumerate(self.data.identity())}
         return {"dataset": data, "stage": stage} | self.student.identity()
@@ -270,29 +381,10 @@ class Trainer:
         try:
             if self._ranks.is_first:
                 write_atomically(self._output / RUN_NAME, json.dumps(result, indent=1).encode())
-                self.student.save(self._output / MODEL_FOLDER)
-        except OSError as raised:
-            reason = raised.strerror or raised
+            leave = partial(self._lineage.leave, steps=self._steps)
+            self.student.save(self._output / MODEL_FOLDER, self._ranks, leave)
+        except Exception as raised:  # safetensors has errors of its own for a disk that is full
+            reason = getattr(raised, "strerror", None) or raised
             error = OutputError(f"{result['model']} cannot be written: {reason}", next_step="make room, then run again")
         self._save_or_stop(self._steps, log, Interruption(), error)  # with a checkpoint, if there is room for that
         return result
-
-
-def _num_steps(settings: TrainSettings, num_rows: int) -> int:
-    if settings.rows_per_step > num_rows:
-        raise ConfigError(f"rows_per_step is {settings.rows_per_step}, but there are {num_rows} rows to train on")
-    # Rounded up, so that every row is seen; the last step of an epoch is filled from the next.
-    steps = settings.steps or math.ceil((settings.epochs or 0) * num_rows / settings.rows_per_step)
-    if settings.optimizer.warmup_steps >= steps:
-        raise ConfigError(f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, but there are {steps} steps")
-    return steps
-
-
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)

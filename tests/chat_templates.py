@@ -116,6 +116,12 @@ def qwen(turns: list[Turn], *, thinking: bool, marked: bool) -> Pieces:
     return pieces
 
 
+def thinks(turns: list[Turn]) -> bool:
+    """Does the last answer have reasoning?"""
+    thought, closed, _ = turns[-1][1].partition("</think>")
+    return bool(closed and thought.replace("<think>", "").strip("\n"))
+
+
 class Family(NamedTuple):
     """A template, the settings that it is read with, and what it should give."""
 
@@ -132,8 +138,13 @@ FAMILIES = {
     "llama3": Family(LLAMA3, {}, llama3),
     "gemma": Family(GEMMA, {}, gemma, takes_system=False),
     "mistral": Family(MISTRAL, {}, mistral, takes_system=False),
+    "qwen": Family(
+        QWEN_THINKING, {"supervise": "last_turn"}, lambda turns: qwen(turns, thinking=thinks(turns), marked=False)
+    ),
     "qwen_thinking": Family(
-        QWEN_THINKING, {"supervise": "last_turn"}, lambda turns: qwen(turns, thinking=True, marked=False)
+        QWEN_THINKING,
+        {"supervise": "last_turn", "thinking_variable": None},
+        lambda turns: qwen(turns, thinking=True, marked=False),
     ),
     "qwen_not_thinking": Family(
         QWEN_THINKING,

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.device import pick_device
-from student_train.config import DataSettings, StudentSettings
+from student_train.config import StudentSettings
 from student_train.data import measured
+from student_train.data_config import DataSettings
 from student_train.evaluate import evaluate
 from student_train.student import Student
 
@@ -25,10 +26,10 @@ def measure(folder: Path, model: str) -> dict[str, float]:
     settings = StudentSettings(model=str(folder / model))
     student = Student(settings, pick_device("cpu"), batch_tokens=16384, chunk_positions=1024)
     test = student.open_sources(DataSettings(dataset=str(folder / "dumps/test")))
-    means = evaluate(student, measured(test, lambda _: True))
-    assert means is not None
-    assert means.kl is not None, "a dataset has a teacher"
-    return {"ce": means.ce, "kl": means.kl} | exact_match(folder / model, folder / "corpus/test.jsonl")
+    found = evaluate(student, measured(test, lambda _: True))
+    assert found is not None
+    assert found.means.kl is not None, "a dataset has a teacher"
+    return {"ce": found.means.ce, "kl": found.means.kl} | exact_match(folder / model, folder / "corpus/test.jsonl")
 
 
 @torch.inference_mode()

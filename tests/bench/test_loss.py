@@ -41,12 +41,13 @@ def test_bench_loss_refuses_to_time_a_wrong_answer(tmp_path, monkeypatch: pytest
 
 
 def test_bench_train_reports_the_ratio_to_a_step_without_a_teacher(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train, "LAYERS", 1)
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(train.SHAPES, "100m", small)
     monkeypatch.setattr(train, "ROW_TOKENS", 33)
     rows = rows_of(train, tmp_path, monkeypatch, "--vocab", "1009", "--rows", "2", "--repeats", "1")
     assert [row["variant"] for row in rows] == ["sft", "kd", "kd_t2", "kd_jsd", "sft_plain"]
     assert rows[0]["ratio"] == 1
-    assert all(row["ratio"] > 0 and row["positions"] == 64 for row in rows)
+    assert all(row["ratio"] > 0 and row["positions"] == 64 and row["tokens_per_s"] > 0 for row in rows)
 
 
 def test_bench_sampling_has_less_noise_than_rs_kd_at_equal_bytes(tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """The quickstart in its tiny form: every phase runs and hands on to the next; and its task is what it says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(QUICKSTART))
 import task  # noqa: E402
 
 
+@pytest.mark.cluster
 def test_the_tiny_quickstart_runs_from_corpus_to_table(tmp_path: Path):
     output = tmp_path / "quickstart"
     done = subprocess.run(
@@ -24,6 +26,7 @@ def test_the_tiny_quickstart_runs_from_corpus_to_table(tmp_path: Path):
         text=True,
         check=False,
         timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # beside other tests more threads than cores are slower than one
     )
     assert done.returncode == 0, done.stderr
     assert "| student, SFT + KD |" in done.stdout

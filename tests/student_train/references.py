@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from shared.models import OutputHead
 from shared.rows import Positions
 from student_train.collate import make_targets
-from student_train.fused_linear import LossSums, fused_linear_loss
+from student_train.fused_linear import FusedLoss, fused_linear_loss
 from student_train.loss import Targets
 from student_train.objective import Objective
 
@@ -149,7 +149,7 @@ def plain_logits(hidden_ND: Tensor, head: OutputHead, dtype: torch.dtype) -> tup
     return (head.softcap * torch.tanh(logits_NV / head.softcap) if head.softcap else logits_NV), leaves
 
 
-def fused(hidden_ND: Tensor, head: OutputHead, lesson: Lesson, objective: Objective, **settings: Any) -> LossSums:
+def fused(hidden_ND: Tensor, head: OutputHead, lesson: Lesson, objective: Objective, **settings: Any) -> FusedLoss:
     return fused_linear_loss(
         hidden_ND, head, lesson.targets, objective, denominator=lesson.denominator, **{"chunk_positions": 4} | settings
     )

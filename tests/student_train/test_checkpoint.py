@@ -16,7 +16,7 @@ from shared.errors import DamagedDataError, MismatchError, OutputError
 from student_train.checkpoint import Checkpoints, Progress, Trained, seed_step
 from student_train.config import OptimizerSettings
 from student_train.ranks import Ranks
-from student_train.train import make_optimizer
+from student_train.step import make_optimizer
 from tests.killed import Steps, killed_at, traced
 from tests.tiny import make_model
 
@@ -125,6 +125,7 @@ def test_steps_are_compared_as_numbers(model_folder: Path, tmp_path: Path):
     assert newest(tmp_path).progress.step == 100_000_000
 
 
+@pytest.mark.cluster
 def test_killed_at_any_step_of_writing_one_the_newest_is_whole(model_folder: Path, tmp_path: Path):
     """The one before, or the new one; and the next is written as if nothing had happened."""
     start = tmp_path / "start"

@@ -29,6 +29,7 @@ from student_train.objective import Objective
         ({"temperature": float("inf")}, "temperature is above 0"),
         ({"z_loss": -1e-4}, "greater than or equal to 0"),
         ({"kd_weight": 1.1}, "less than or equal to 1"),
+        ({"kd_weight": 0.0, "agreement": 1.0}, "agreement asks the teacher"),
     ],
 )
 def test_what_is_not_defined_is_refused(loss: dict[str, Any], message: str):

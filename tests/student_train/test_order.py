@@ -9,18 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_train.order import Order, Refs, epoch_order
+from student_train.order import Competence, EasyToHard, Order, Pace, Refs, epoch_order
 
 Sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
 
 
-def order_of(*sizes: list[int], weights: Any = None, rows_per_step: int = 5, spread: int = 3, seed: int = 0) -> Order:
+def order_of(
+    *sizes: list[int], weights: Any = None, rows_per_step: int = 5, spread: int = 3, seed: int = 0, paces: Any = ()
+) -> Order:
     return Order(
         tuple(map(tuple, sizes)),
         tuple(weights or map(sum, sizes)),
         rows_per_step=rows_per_step,
         spread=spread,
         seed=seed,
+        paces=tuple(paces),
     )
 
 
@@ -123,5 +126,109 @@ def test_with_all_blocks_under_way_the_permutation_is_uniform():
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
 
 
+def by_difficulty(sizes: list[int], kind: str, growing: int = 37, begin: float = 0.2) -> tuple[Pace, dict[Any, float]]:
+    """A pace with many ties, and the difficulty of each place."""
+    numbers = (np.arange(sum(sizes)) * 7 % (1 + sum(sizes) // 2)).astype(np.float64)
+    stored = [(block, row) for block, size in enumerate(sizes) for row in range(size)]
+    pace = (
+        EasyToHard(difficulty_R=numbers)
+        if kind == "easy_to_hard"
+        else Competence(difficulty_R=numbers, begin=begin, growing_rows=growing)
+    )
+    return pace, dict(zip(stored, numbers.tolist(), strict=True))
+
+
+@given(sizes=Sizes, rows=st.integers(1, 11), seed=st.integers(0, 99))
+def test_easy_to_hard_gives_every_row_once_an_epoch_in_order_of_difficulty(sizes: list[int], rows: int, seed: int):
+    pace, difficulty = by_difficulty(sizes, "easy_to_hard")
+    order = order_of(sizes, rows_per_step=rows, seed=seed, paces=[pace])
+    seen = [place[1:] for place in flat(order, -(-3 * sum(sizes) // rows))]
+    for epoch in range(3):
+        rows_of_epoch = seen[epoch * sum(sizes) : (epoch + 1) * sum(sizes)]
+        assert sorted(rows_of_epoch) == sorted(difficulty)
+        assert [difficulty[place] for place in rows_of_epoch] == sorted(difficulty.values())
+
+
+def test_what_is_equally_hard_comes_in_another_order_each_epoch():
+    order = order_of([20, 20], rows_per_step=40, paces=[EasyToHard(difficulty_R=np.zeros(40))])
+    epochs = [tuple(places(order.step(step))) for step in range(6)]
+    assert len(set(epochs)) == 6
+    assert epochs == [tuple(places(order_of([20, 20], rows_per_step=40, paces=order.paces).step(s))) for s in range(6)]
+
+
+@given(
+    sizes=Sizes,
+    rows=st.integers(1, 11),
+    seed=st.integers(0, 99),
+    growing=st.integers(1, 120),
+    begin=st.floats(0.01, 1.0),
+)
+def test_competence_never_draws_beyond_its_share_and_then_goes_through_whole_epochs(
+    sizes: list[int], rows: int, seed: int, growing: int, begin: float
+):
+    pace, difficulty = by_difficulty(sizes, "competence", growing, begin)
+    order, count = order_of(sizes, rows_per_step=rows, seed=seed, paces=[pace]), sum(sizes)
+    seen = [place[1:] for place in flat(order, -(-(growing + 2 * count) // rows))]
+    hardest = sorted(difficulty.values())
+    for number, place in enumerate(seen[:growing]):
+        share = (begin**2 + (1 - begin**2) * number / growing) ** 0.5
+        assert difficulty[place] <= hardest[max(1, int(share * count + 1e-9)) - 1]
+    for epoch in range(2):
+        begin_of = growing + epoch * count
+        assert sorted(seen[begin_of : begin_of + count]) == sorted(difficulty)
+
+
+def test_competence_draws_evenly_from_all_that_it_may():
+    """5 standard deviations, in each tenth of the draws; the share that may be drawn grows as a square root."""
+    pace = Competence(difficulty_R=np.arange(100.0)[::-1].copy(), begin=0.1, growing_rows=100_000)
+    rank_R = 99 - order_of([100], rows_per_step=100_000, paces=[pace]).step(0).row_R
+    assert rank_R[:100].max() < 11
+    for tenth, ranks in enumerate(np.split(rank_R, 10)):
+        shares = np.sqrt(0.01 + 0.99 * (np.arange(10_000) + 10_000 * tenth) / 100_000)
+        easiest = np.floor(100 * shares)
+        expected = np.array([np.sum((easiest > rank) / easiest) for rank in range(100)])
+        assert np.all(np.abs(np.bincount(ranks, minlength=100) - expected) <= 5 * np.sqrt(expected) + 1e-9)
+
+
+@given(
+    kinds=st.lists(st.sampled_from(["easy_to_hard", "competence", "shuffled"]), min_size=1, max_size=3),
+    begin=st.integers(0, 40),
+    rows=st.integers(1, 11),
+    seed=st.integers(0, 2**62),
+)
+def test_a_step_of_any_pace_is_found_at_once_and_joins_the_one_before(
+    kinds: list[str], begin: int, rows: int, seed: int
+):
+    """So it is all one where a run was resumed, and how many ranks or threads ask for steps."""
+    sizes = [[3, 1, 4], [1, 5], [9, 2, 6]][: len(kinds)]
+    paces = [
+        None if kind == "shuffled" else by_difficulty(size, kind)[0] for size, kind in zip(sizes, kinds, strict=True)
+    ]
+    options = {"weights": [2.5, 1, 4][: len(kinds)], "seed": seed, "paces": paces}
+    double = order_of(*sizes, rows_per_step=2 * rows, **options).step(begin)
+    later, earlier = (order_of(*sizes, rows_per_step=rows, **options).step(2 * begin + n) for n in (1, 0))
+    assert places(earlier) + places(later) == places(double)
+
+
+def test_a_pace_changes_nothing_of_which_source_comes_when_nor_of_the_other_sources():
+    sizes = [[6, 6], [5, 4]]
+    plain = order_of(*sizes, weights=[3, 1])
+    for kind in ("easy_to_hard", "competence"):
+        paced = order_of(*sizes, weights=[3, 1], paces=[by_difficulty(sizes[0], kind)[0], None])
+        for step in range(20):
+            one, other = places(plain.step(step)), places(paced.step(step))
+            assert [place[0] for place in one] == [place[0] for place in other]
+            assert [place for place in one if place[0] == 1] == [place for place in other if place[0] == 1]
+
+
+def test_paces_are_the_same_in_every_release():
+    sizes = [[5, 1, 7], [4, 4]]
+    paces = [by_difficulty(sizes[0], "easy_to_hard")[0], by_difficulty(sizes[1], "competence", 50)[0]]
+    order = order_of(*sizes, weights=[2.5, 1], rows_per_step=6, spread=2, seed=11, paces=paces)
+    told = repr([places(order.step(step)) for step in (0, 1, 7, 40, 10**9)])
+    assert hashlib.sha256(told.encode()).hexdigest() == PACED_DIGEST
+
+
 EXPECTED: list[tuple[int, int, int]] = [(0, 0, 3), (1, 0, 1), (0, 0, 4), (0, 0, 0), (0, 2, 4), (1, 1, 0)]
 DIGEST = "943301d0f6724ba1e9c0317793b574615f2f73646f6131662a6b27a41fbf7d76"
+PACED_DIGEST = "7431d57fd58f77b41bddb2055313fda8912df07e78bd84e901b8dc78e312128f"

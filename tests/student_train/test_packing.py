@@ -70,15 +70,19 @@ def test_the_passes_of_all_ranks_hold_every_row_once(
     cut = cut_into_passes(lengths, wanted, ranks)
     rows = [index for share in cut.passes for lines in share for line in lines for index in line]
     assert sorted(rows) == list(range(len(lengths)))
+    assert len({len(share) for share in cut.passes}) == 1, "ranks meet in every pass"
     computed = 0
     for lines in chain(*cut.passes):
         height, width = size(lines, lengths, wanted)
         assert all(sum(lengths[index] for index in line) <= width for line in lines)
         assert height * width <= max(batch_tokens, max(lengths), line_tokens or 0)
-        assert height >= len(lines) > 0
+        assert height >= len(lines)
         computed += height * width
     assert cut.waste == pytest.approx(1 - sum(lengths) / computed)
-    if packing == 1 and not static:
+    for share in cut.passes:
+        if [] in share:
+            assert all(len(line) == 1 and len(lines) == 1 for lines in share for line in lines), "none could be halved"
+    if packing == 1 and not static and not any([] in share for share in cut.passes):
         assert cut.waste == 0
 
 
@@ -103,9 +107,16 @@ def test_where_lines_would_not_divide_among_the_ranks_there_are_a_few_more_and_e
     assert [len(line) for line in packed_lines(lengths, 60, 4)] == [3, 3, 3, 3]
 
 
-def test_more_ranks_than_rows_leave_some_without_a_pass():
+def test_of_more_ranks_than_rows_some_take_part_in_silence():
     cut = cut_into_passes([5, 3], shape(8, 8), 4)
-    assert sorted(len(share) for share in cut.passes) == [0, 0, 1, 1]
+    assert sorted(cut.passes) == [[[]], [[]], [[[0]]], [[[1]]]]
+    assert cut.waste == pytest.approx(1 - 8 / (5 + 3 + 3 + 3)), "a silent pass is made of the shortest row"
+
+
+def test_a_rank_with_fewer_passes_halves_its_own_before_it_is_silent():
+    cut = cut_into_passes([8, 8, 8, 4, 4], shape(8, 8), 3)
+    assert sorted(map(len, cut.passes)) == [2, 2, 2]
+    assert sum(lines == [] for share in cut.passes for lines in share) == 1
 
 
 @given(sizes=st.lists(st.integers(1, 50), max_size=60), num_shares=st.integers(1, 7))

@@ -96,6 +96,7 @@ def test_any_number_of_threads_and_ranks_entered_at_any_step_see_the_rows_that_o
         assert seen == expected
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 def test_static_shapes_are_compiled_once(kind: str, tmp_path: Path):
     """By torch.compile, which counts; Ascend does the like.  Shapes that move with the rows are compiled again."""

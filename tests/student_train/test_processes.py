@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from shared.dataset import LogitDataset
+from student_train.evaluation import Evaluation
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.student_train.test_train import log_of, weights_of
 
@@ -81,35 +82,55 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 def test_two_ranks_train_as_one_does_and_each_goes_on_from_the_other(
     student_folder: Path, dataset: LogitDataset, tmp_path: Path
 ):
-    """The same rows in every step; losses, gradients and weights equal but for the order of sums."""
+    """Under DDP, under FSDP2, and by turns under FSDP2, alone and under DDP: the same rows in every step; losses,
+    gradients and weights equal but for the order of sums."""
     one = config(student_folder, dataset, tmp_path, "one")
     two = config(student_folder, dataset, tmp_path, "two")
+    spread = config(student_folder, dataset, tmp_path, "spread", parallel="fsdp")
     changing = config(student_folder, dataset, tmp_path, "changing", checkpoint={"every_steps": 5, "keep": 1})
     run(one)
     told = json.loads(run(two, "--json", ranks=2).splitlines()[0])
     assert told["steps"] == STEPS, "the first rank alone says so"
-    for ranks, step in ((2, 8), (1, 20)):
-        process = start(changing, ranks=ranks)
+    run(spread, ranks=2)
+    for ranks, how, step in ((2, "fsdp", 8), (1, "fsdp", 20)):
+        process = start(changing, "--set", f"parallel={how}", ranks=ranks)
         wait_for_step(tmp_path / "changing", step, process)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         assert process.returncode != 0
     run(changing, ranks=2)
     whole = steps_of(tmp_path / "one")
-    for name in ("two", "changing"):
+    for name in ("two", "spread", "changing"):
         entries = steps_of(tmp_path / name)
         assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
         for key in ("loss", "ce", "kd", "grad_norm"):
             assert entries[0][key] == pytest.approx(whole[0][key], rel=1e-5), "nothing has added up yet"
-        for key in ("positions", "lr", "loss", "ce", "kd", "grad_norm"):
+        for key in ("positions", "lr", "loss", "ce", "kd", "grad_norm", "kept_mass", "student_kept_mass"):
             np.testing.assert_allclose([e[key] for e in entries], [e[key] for e in whole], rtol=2e-3, err_msg=key)
         held_out, expected = (
             [entry["held_out"]["kl"] for entry in log_of(tmp_path / each) if "held_out" in entry]
             for each in (name, "one")
         )
         np.testing.assert_allclose(held_out, expected, rtol=1e-3)
+        looks = [Evaluation.read(tmp_path / each / "held_out.json") for each in (name, "one")]
+        assert looks[0].rows == looks[1].rows > 0
+        assert looks[0].means.positions == looks[1].means.positions == sum(each.count for each in looks[0].calibration)
+        assert {row.sample_id for row in looks[0].worst} == {row.sample_id for row in looks[1].worst}
+        assert [row.kl for row in looks[0].worst] == pytest.approx([row.kl for row in looks[1].worst], rel=1e-2)
         weights, other = weights_of(tmp_path / name / "model"), weights_of(tmp_path / "one/model")
         assert max(float((weights[each] - other[each]).abs().max()) for each in weights) < 2e-3
+
+
+def test_fewer_held_out_rows_than_ranks_are_looked_at_and_nothing_is_said_of_ddp(
+    student_folder: Path, dataset: LogitDataset, tmp_path: Path
+):
+    chats = write_jsonl(tmp_path / "one.jsonl", chat_records(1))
+    held_out = {"data": {"text": {"files": [str(chats)]}}}
+    for how in ("ddp", "fsdp"):
+        said = run(config(student_folder, dataset, tmp_path, how, steps=3, held_out=held_out, parallel=how), ranks=2)
+        assert Evaluation.read(tmp_path / how / "held_out.json").rows == 1
+        assert "find_unused_parameters" not in said
+        assert "FutureWarning" not in said
 
 
 def test_sigterm_leaves_a_checkpoint_and_exit_code_75_and_the_same_command_goes_on(

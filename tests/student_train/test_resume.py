@@ -15,6 +15,7 @@ from shared.errors import DamagedDataError, MismatchError, OutputError
 from student_train.config import TrainSettings
 from student_train.data import Batch, TrainingData
 from student_train.evaluate import evaluate
+from student_train.evaluation import Evaluation
 from student_train.student import Student
 from student_train.train import Trainer, finished_run
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
@@ -37,6 +38,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> P
     folder = tmp_path_factory.mktemp("dataset")
     chats = write_jsonl(folder / "chats.jsonl", chat_records(30))
     return sealed_dump(dump_settings(teacher_folder, chats, folder / "out")).folder
+
+
+TIMES = ("elapsed_s", "tokens_per_s", "mfu", "wait", "peak_bytes")
 
 
 def run_settings(student: Path, dataset: Path, output: Path, **changes: Any) -> TrainSettings:
@@ -62,7 +66,7 @@ def uninterrupted(student: Path, dataset: Path, tmp_path_factory: pytest.TempPat
 
 
 def without_times(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in e.items() if k not in ("elapsed_s", "tokens_per_s", "wait")} for e in entries]
+    return [{k: v for k, v in e.items() if k not in TIMES} for e in entries]
 
 
 def require_same(output: Path, other: Path) -> None:
@@ -121,8 +125,8 @@ def test_interrupted_while_it_evaluates_it_evaluates_again(
         measured: list[None] = []
         stop_when(
             patched,
-            (Student, "losses"),
-            lambda student, *_: not student.model.training and (measured.append(None) or len(measured) == 3),
+            (Student, "measured"),
+            lambda *_: measured.append(None) or len(measured) == 3,
         )
         with pytest.raises(KeyboardInterrupt):
             Trainer(run).run()
@@ -271,11 +275,11 @@ def test_damage_among_the_held_out_rows_leaves_one_as_well(
 ):
     run, looks = run_settings(student, dataset, tmp_path / "out"), list[int]()
 
-    def damaged(*arguments: Any) -> Any:
+    def damaged(*arguments: Any, **named: Any) -> Any:
         looks.append(1)
         if len(looks) == 2:
             raise DamagedDataError("part-00001: damaged")
-        return evaluate(*arguments)
+        return evaluate(*arguments, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr("student_train.train.evaluate", damaged)
@@ -295,6 +299,27 @@ def test_a_new_run_in_a_folder_that_was_killed_before_its_first_checkpoint_start
     (output / "log.jsonl").write_text('{"step": 0, "held_out": {"positions": 1, "ce": 9.0, "kl": 9.0}}\n')
     Trainer(run_settings(student, dataset, output)).run()
     require_same(output, uninterrupted)
+
+
+def test_a_look_that_cannot_be_written_is_taken_again(
+    student: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_settings(student, dataset, tmp_path / "out")
+    write, looks = Evaluation.write, list[int]()
+
+    def full(found: Evaluation, path: Path) -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            raise OSError(28, "No space left on device")
+        write(found, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluation, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            Trainer(run).run()
+    Trainer(run).run()
+    assert Evaluation.read(tmp_path / "out/held_out.json").step == STEPS
+    assert [entry["step"] for entry in log_of(tmp_path / "out") if "held_out" in entry][:2] == [0, 5]
 
 
 def test_a_parameter_that_no_row_uses_is_no_obstacle(

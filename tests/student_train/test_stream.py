@@ -22,7 +22,8 @@ from shared.pretrained import load_tokenizer
 from shared.records import content_id
 from shared.rows import Row
 from shared.text_rows import Tally
-from student_train.config import DataSettings
+from student_train.data_config import DataSettings
+from student_train.order import Competence, EasyToHard, Pace
 from student_train.sources import TextSource, open_source
 from student_train.stream import Selection, Stream, is_held_out
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
@@ -269,3 +270,48 @@ def test_damage_is_met_before_a_row_of_the_shard_is_seen(dumped: tuple[Path, Pat
     shard.write_bytes(whole)
     with pytest.raises(DamagedDataError, match=r"part-00000\.parquet: damaged"):
         next(stream_of(source).steps(0, 1))
+
+
+def pace_of(kind: str, count: int, growing: int = 200) -> Pace:
+    difficulty_R = (np.arange(count) * 7919 % count).astype(np.float64)
+    if kind == "easy_to_hard":
+        return EasyToHard(difficulty_R=difficulty_R)
+    return Competence(difficulty_R=difficulty_R, begin=0.1, growing_rows=growing)
+
+
+@given(
+    kind=st.sampled_from(["easy_to_hard", "competence"]),
+    first=st.integers(0, 60),
+    count=st.integers(1, 12),
+    num_threads=st.integers(1, 4),
+    rows_per_step=st.integers(1, 17),
+)
+@settings(deadline=None, max_examples=40)
+def test_rows_by_difficulty_are_the_same_wherever_a_stream_is_entered(
+    kind: str, first: int, count: int, num_threads: int, rows_per_step: int
+):
+    sources = [source_of([3, 1, 4, 1, 5]), source_of([9, 2], name="other ")]
+    options = {"rows_per_step": rows_per_step, "paces": [pace_of(kind, 14), None]}
+    whole = ids(stream_of(*sources, **options), 0, first + count)
+    assert ids(stream_of(*sources, **options, num_threads=num_threads), first, first + count) == whole[first:]
+
+
+@pytest.mark.parametrize("kind", ["easy_to_hard", "competence"])
+@pytest.mark.parametrize("rows_per_step", [3, 40, 700])
+def test_rows_by_difficulty_are_of_blocks_that_are_read_once_and_stay(kind: str, rows_per_step: int):
+    Counted.reads.clear()
+    source = Counted(files=[], blocks=source_of([20] * 30).blocks, tally=Tally())
+    stream = stream_of(source, rows_per_step=rows_per_step, paces=[pace_of(kind, 600)])
+    for _ in stream.steps(0, -(-2000 // rows_per_step)):
+        pass
+    assert sorted(Counted.reads) == list(range(30))
+
+
+def test_a_broken_block_comes_with_the_first_step_by_difficulty_that_needs_it():
+    source = Broken(files=[], blocks=source_of([10] * 8).blocks, tally=Tally())
+    difficulty_R = np.repeat([0.0, 1, 2, 9, 4, 5, 6, 7], 10)  # those of the broken block are the hardest
+    stream = stream_of(source, rows_per_step=10, paces=[EasyToHard(difficulty_R=difficulty_R)])
+    steps = stream.made_ahead(0, 16, lambda rows: rows.step)
+    assert [next(steps) for _ in range(7)] == list(range(7))
+    with pytest.raises(DamagedDataError, match="block 3"):
+        next(steps)

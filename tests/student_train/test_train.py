@@ -16,7 +16,8 @@ from shared.errors import ConfigError, DamagedDataError, MismatchError, NonFinit
 from shared.rows import LogitRow
 from student_train.config import OptimizerSettings, TrainSettings
 from student_train.passes import PassMaker
-from student_train.train import Trainer, finished_run, make_optimizer
+from student_train.step import make_optimizer
+from student_train.train import Trainer, finished_run
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
@@ -77,11 +78,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kept", "temperature"), [("whole_dataset", 1.0), ("whole_dataset", 2.0), ("whole_sample", 1.0)]
+    ("kept", "temperature", "agreement"),
+    [("whole_dataset", 1.0, 0), ("whole_dataset", 2.0, 0), ("whole_sample", 1.0, 0), ("whole_dataset", 2.0, 0.5)],
 )
 def test_first_step_equals_dense_distillation_written_by_hand(
     kept: str,
     temperature: float,
+    agreement: float,
     student_folder: Path,
     teacher_folder: Path,
     tmp_path: Path,
@@ -92,7 +95,8 @@ def test_first_step_equals_dense_distillation_written_by_hand(
     Trainer(
         settings(
             student_folder, tmp_path / "out", data__dataset=str(whole_dataset), steps=1, rows_per_step=24,
-            loss__temperature=temperature, loss__kd_weight=0.7, optimizer__max_grad_norm=1e9,
+            loss__temperature=temperature, loss__kd_weight=0.7, loss__agreement=agreement,
+            optimizer__max_grad_norm=1e9,
         )
     ).run()  # fmt: skip
     step = next(entry for entry in log_of(tmp_path / "out") if "loss" in entry)
@@ -102,7 +106,7 @@ def test_first_step_equals_dense_distillation_written_by_hand(
     )
     opened = LogitDataset.open(whole_dataset)
     ce_sum = kl_sum = torch.zeros(())
-    num_labels = 0
+    num_labels, weight = 0, torch.zeros(())
     for row in (row for index in range(len(opened.manifest.shards)) for row in opened.read_shard(index)):
         ids = torch.tensor(row.input_ids_L, dtype=torch.long)[None]
         labels = ids.masked_fill(~torch.from_numpy(row.label_mask_L)[None], -100)[0, 1:]
@@ -110,18 +114,22 @@ def test_first_step_equals_dense_distillation_written_by_hand(
         with torch.no_grad():
             teacher_logits = teacher(ids).logits[0, :-1]
         is_label = labels != -100
-        ce_sum = ce_sum + F.cross_entropy(student_logits, labels, reduction="sum")
+        c = (
+            torch.log_softmax(teacher_logits, dim=1)[is_label].gather(1, labels[is_label, None])[:, 0].exp()
+            ** agreement
+        )
+        ce_sum = ce_sum + (c * F.cross_entropy(student_logits[is_label], labels[is_label], reduction="none")).sum()
         log_q = torch.log_softmax(student_logits[is_label] / temperature, dim=1)
         p = torch.softmax(teacher_logits[is_label] / temperature, dim=1)
-        kl_sum = kl_sum + F.kl_div(log_q, p, reduction="sum")
-        num_labels += int(is_label.sum())
-    loss = (0.3 * ce_sum + 0.7 * temperature**2 * kl_sum) / num_labels
+        kl_sum = kl_sum + (c * F.kl_div(log_q, p, reduction="none").sum(dim=1)).sum()
+        num_labels, weight = num_labels + int(is_label.sum()), weight + c.sum()
+    loss = (0.3 * ce_sum + 0.7 * temperature**2 * kl_sum) / weight
     loss.backward()
     norm = torch.sqrt(sum((p.grad**2).sum() for p in student.parameters()))
     assert step["positions"] == num_labels
     assert step["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
-    assert step["ce"] == pytest.approx(float(ce_sum.detach()) / num_labels, rel=1e-4)
-    assert step["kd"] == pytest.approx(float(kl_sum.detach()) / num_labels, rel=1e-4)
+    assert step["ce"] == pytest.approx(float(ce_sum.detach() / weight), rel=1e-4)
+    assert step["kd"] == pytest.approx(float(kl_sum.detach() / weight), rel=1e-4)
     assert step["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
@@ -162,16 +170,17 @@ def test_what_a_row_shares_a_pass_with_has_no_influence_on_it(
         trainer.student.model.zero_grad()
         # The companion has weight in neither sum: its labels are masked away, only its padding effect is left.
         silent = LogitRow(**{**vars(companion), "label_mask_L": companion.label_mask_L & False, "teacher": _none(long)})
-        for sums in losses(trainer, [short, silent]):
-            sums.total.backward()
+        loss_of(trainer, [short, silent])
         gradients.append([p.grad.clone() for p in trainer.student.model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
 
 
-def losses(trainer: Trainer, rows: list[LogitRow]) -> Any:
+def loss_of(trainer: Trainer, rows: list[LogitRow]) -> float:
+    """And its gradient, added to the parameters'."""
     at_one = [replace(row, teacher=row.teacher.at_temperature(0)) for row in rows]
-    return trainer.student.losses(trainer.data.passes.make(at_one)[0], trainer.objective, denominator=1.0)
+    passes, _ = trainer.data.passes.make(at_one)
+    return trainer.student.gradients(passes, trainer.objective, denominator=1.0)[0].item()
 
 
 def _with_other_tokens(row: LogitRow) -> LogitRow:
@@ -190,9 +199,7 @@ def test_tokens_without_a_label_get_no_loss(student_folder: Path, dataset: Path,
     assert last < row.num_tokens - 1, "the template puts a line feed behind the end of turn"
     changed_ids = row.input_ids_L.copy()
     changed_ids[last + 1 :] = 99
-    values = []
-    for version in (row, LogitRow(**{**vars(row), "input_ids_L": changed_ids})):
-        values += [sums.total.item() for sums in losses(trainer, [version])]
+    values = [loss_of(trainer, [version]) for version in (row, LogitRow(**{**vars(row), "input_ids_L": changed_ids}))]
     assert values[0] == values[1]
 
 
@@ -232,6 +239,21 @@ def test_plain_sft_reads_text_and_needs_no_dataset(student_folder: Path, chats: 
     assert "kd" not in log_of(tmp_path / "text")[-1]
     weights, before = weights_of(tmp_path / "text/model"), weights_of(student_folder)
     assert any(not torch.equal(weights[name], before[name]) for name in before)
+
+
+def test_utilisation_is_operations_over_what_the_device_could_do(student_folder: Path, chats: Path, tmp_path: Path):
+    peak = 1e-3  # in 1e12 per second
+    run = settings(
+        student_folder, tmp_path / "out", data__text={"files": [str(chats)]}, loss__kd_weight=0, log__peak_tflops=peak
+    )
+    trainer = Trainer(run)
+    steps = [entry for entry in log_of(Path(trainer.run()["model"]).parent) if "loss" in entry]
+    for batch, entry in zip(trainer.data.batches(0, 3), steps, strict=True):
+        seconds = batch.num_tokens / entry["tokens_per_s"]
+        flops = trainer.student.flops.of_step(batch.row_tokens, batch.num_positions)
+        assert entry["mfu"] * peak * 1e12 * seconds == pytest.approx(flops, rel=0.02)
+        body = sum(p.numel() for p in trainer.student.model.model.layers.parameters() if p.ndim == 2)
+        assert flops > 6 * body * batch.num_tokens
 
 
 def test_what_is_left_is_a_hugging_face_model_with_its_tokenizer(student_folder: Path, dataset: Path, tmp_path: Path):
@@ -325,7 +347,7 @@ def test_a_loss_that_is_no_number_stops_with_the_rows_named(student_folder: Path
         student_folder, tmp_path / "out", data__dataset=str(dataset), steps=30, optimizer__learning_rate=1e30,
         optimizer__max_grad_norm=1e30,
     )  # fmt: skip
-    with pytest.raises(NonFiniteError, match=r"in a step over 8 rows: chat-\d+"):
+    with pytest.raises(NonFiniteError, match=r"step \d+: loss .*its worst rows: chat-\d+ \(ce "):
         Trainer(diverging).run()
 
 

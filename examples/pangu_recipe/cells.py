@@ -1,0 +1,248 @@
+"""The cells of both tables: what each trains, and what is measured of the student that comes out.
+
+Every cell spends the same number of student tokens, BUDGET; a cell of several stages shares it out.  A stage's steps
+follow from its share and the mean length of its rows, so that a stage of long reasoning has fewer of them.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from live import dump_draws, train_live
+from world import World, set_options
+
+ROWS_PER_STEP = 16
+BUDGET, TINY_BUDGET = 960_000, 12_000
+RATES = (3e-3, 6e-3, 12e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a cell."""
+
+    name: str
+    share: float
+    """Of the cell's tokens."""
+    data: str
+    """A dataset."""
+    manner: str | None = None
+    loss: dict[str, Any] | None = None
+    """None is SFT."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Other datasets and their weights beside `data`, whose weight is 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One line of a table, for one seed and one learning rate."""
+
+    world: World
+    name: str
+    rate: float
+
+    @property
+    def slug(self) -> str:
+        """A name for files."""
+        return f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}-{self.rate:g}"
+
+    @property
+    def folder(self) -> str:
+        return f"cells/{self.slug}"
+
+    @property
+    def budget(self) -> int:
+        return TINY_BUDGET if self.world.is_tiny else BUDGET
+
+    def train(self, stages: list[Stage], start: str = "models/student", part: str = "run") -> str:
+        """Run stages in order; the folder of the model that they leave."""
+        tree = self.common() | {"student": {"model": start}, "output": f"{self.folder}/{part}"}
+        tree["stages"] = {stage.name: self.tree(stage) for stage in stages}
+        config = self.world.write(f"{self.folder}/{part}.yaml", tree)
+        self.world.run("student-train run", config)
+        return f"{tree['output']}/{stages[-1].name}/model"
+
+    def common(self) -> dict[str, Any]:
+        return {
+            "optimizer": {
+                "learning_rate": self.rate,
+                "weight_decay": 0.1,
+                "warmup_steps": 2 if self.world.is_tiny else 20,
+                "betas": [0.9, 0.98],
+            },
+            "rows_per_step": ROWS_PER_STEP,
+            "batch_tokens": 2048,
+            "loader_threads": 1,
+            "checkpoint": {"every_minutes": 5, "keep": 1},
+            "seed": self.world.seed,
+            "device": "cpu",
+        }
+
+    def tree(self, stage: Stage) -> dict[str, Any]:
+        """A stage as `student-train run` takes it."""
+        source = {"dataset": f"dumps/{stage.data}"} | ({"manner": stage.manner} if stage.manner else {})
+        data: dict[str, Any] = source
+        if stage.mix:
+            others = [{"dataset": f"dumps/{name}", "weight": weight} for name, weight in stage.mix.items()]
+            data = {"mix": [source | {"weight": 1.0}, *others]}
+        kind = {"kind": "sft"} if stage.loss is None else {"kind": "kd", "loss": stage.loss}
+        return {**kind, "data": data, "steps": self.steps(stage)}
+
+    def steps(self, stage: Stage) -> int:
+        """Those that spend the stage's share of the tokens."""
+        mean_tokens = self.world.mean_tokens(stage.data, stage.manner)
+        return max(4, round(stage.share * self.budget / (ROWS_PER_STEP * mean_tokens)))
+
+    def round(self, number: int, model: str) -> str:
+        """The student answers its own prompts and the fast teacher scores what it wrote; the name of the dataset."""
+        rollouts, name = f"{self.folder}/rollouts-{number}", f"{self.slug}-rollouts-{number}"
+        changes = [f"student.model={model}", f"output={rollouts}", f"seed={self.world.seed}"]
+        self.world.run("student-train rollout", self.world.config("rollout"), *set_options(changes))
+        self.world.dump(name, "fast", [f"data.files=[{rollouts}/data]", "data.source_field=source"])
+        return name
+
+    def measure(self, model: str, split: str) -> dict[str, Any]:
+        """Exact match in both manners, cross-entropy, KL to the manner's teacher, answer length."""
+        found: dict[str, Any] = {}
+        for manner in ("reasoning", "fast"):
+            output = f"{self.folder}/eval-{split}-{manner}"
+            data = f"{{dataset: dumps/{split}-{manner}, manner: {manner}}}"
+            changes = [f"student.model={model}", f"data={data}", f"output={output}"]
+            self.world.run("student-train eval", self.world.config("eval"), *set_options(changes))
+            result = json.loads((self.world.folder / output / "eval.json").read_text())
+            means, match = result["evaluation"]["means"], result["exact_match"]
+            found[manner] = {
+                "exact": match["share"], "cut": match["cut"], "reply_tokens": match["mean_reply_tokens"],
+                "ce": means["ce"], "kl": means["kl"],
+            }  # fmt: skip
+        return found
+
+
+Run = Callable[[Cell], str]
+"""Trains a cell; the folder of its model."""
+KD: dict[str, Any] = {"kd_weight": 0.9}
+
+
+def sft(manner: str, share: float, name: str | None = None) -> Stage:
+    return Stage(name=name or f"sft-{manner}", share=share, data=manner, manner=manner)
+
+
+def kd(share: float, data: str = "fast", manner: str | None = "fast", name: str = "kd", **loss: Any) -> Stage:
+    return Stage(name=name, share=share, data=data, manner=manner, loss=KD | loss)
+
+
+def rounds(number: int) -> Run:
+    """SFT(R), SFT(F) and KD(F), the last share of the tokens on the student's own rollouts beside the labels."""
+
+    def run(cell: Cell) -> str:
+        share = 1 / 3 / (number + 1)
+        model = cell.train([sft("reasoning", 1 / 3), sft("fast", 1 / 3), kd(share)])
+        for count in range(1, number + 1):
+            written = cell.round(count, model)
+            stage = Stage(name="kd", share=share, data="fast", manner="fast", loss=KD, mix={written: 1.0})
+            model = cell.train([stage], start=model, part=f"round-{count}")
+        return model
+
+    return run
+
+
+def of_stages(*stages: Stage) -> Run:
+    return lambda cell: cell.train(list(stages))
+
+
+TABLE_1: dict[str, Run] = {
+    "SFT(F)": of_stages(sft("fast", 1)),
+    "SFT(R) + SFT(F)": of_stages(sft("reasoning", 1 / 2), sft("fast", 1 / 2)),
+    "SFT(R) + KD(F)": of_stages(sft("reasoning", 1 / 2), kd(1 / 2)),
+    "SFT(R) + SFT(F) + KD(F)": of_stages(sft("reasoning", 1 / 3), sft("fast", 1 / 3), kd(1 / 3)),
+    "… + one round of rollouts": rounds(1),
+    "… + two rounds": rounds(2),
+    "alternation": of_stages(
+        sft("reasoning", 1 / 4, "sft-reasoning"),
+        kd(1 / 4, "reasoning", "reasoning", "kd-reasoning"),
+        sft("fast", 1 / 4, "sft-fast"),
+        kd(1 / 4, "fast", "fast", "kd-fast"),
+    ),
+}
+
+
+def after_sft(stage: Stage) -> Run:
+    """From the student after half of the tokens, SFT(R) and SFT(F), the same for all cells of a seed and rate."""
+
+    def run(cell: Cell) -> str:
+        return cell.train([stage], start=shared_start(cell))
+
+    return run
+
+
+def shared_start(cell: Cell) -> str:
+    start = Cell(world=cell.world, name="start", rate=RATES[1])
+    return start.train([sft("reasoning", 1 / 4), sft("fast", 1 / 4)])
+
+
+def live(cell: Cell) -> str:
+    """The teacher in memory, KL over the whole vocabulary."""
+    stage = sft("fast", 1 / 2)
+    tree = cell.common() | {"student": {"model": shared_start(cell)}, "output": f"{cell.folder}/run"}
+    text = {"files": ["corpus/student.jsonl"]}
+    tree |= {"data": {"text": text, "manner": "fast"}, "loss": {"kd_weight": 0}, "steps": cell.steps(stage)}
+    config = cell.world.write(f"{cell.folder}/run.yaml", tree)
+    with contextlib.chdir(cell.world.folder):
+        train_live(config, "teachers/fast/model", KD["kd_weight"])
+    return f"{tree['output']}/model"
+
+
+TABLE_2: dict[str, tuple[str | None, Run]] = {
+    # What is in the table: the dataset whose bytes count, and how it is trained on.
+    "SFT (no teacher)": (None, after_sft(sft("fast", 1 / 2))),
+    "live, full vocabulary": (None, live),
+    "k = 1": ("k1", after_sft(kd(1 / 2, "k1"))),
+    "k = 4": ("k4", after_sft(kd(1 / 2, "k4"))),
+    "k = 10": ("k10", after_sft(kd(1 / 2, "k10"))),
+    "k = 64": ("fast", after_sft(kd(1 / 2))),
+    "k = 10, renormalise": ("k10", after_sft(kd(1 / 2, "k10", tail="renormalise"))),
+    "k = 10, drop": ("k10", after_sft(kd(1 / 2, "k10", tail="drop"))),
+    "threshold sampling": ("threshold", after_sft(kd(1 / 2, "threshold"))),
+    "RS-KD, as many bytes": ("rs-kd", after_sft(kd(1 / 2, "rs-kd"))),
+    "k = 64, T = 2": ("fast", after_sft(kd(1 / 2, temperature=2.0))),
+    "k = 64, weight 0.5": ("fast", after_sft(kd(1 / 2, kd_weight=0.5))),
+    "k = 64, weight 1": ("fast", after_sft(kd(1 / 2, kd_weight=1.0))),
+    "k = 64, c = p(label)": ("fast", after_sft(kd(1 / 2, agreement=1.0))),
+}
+KEPT: dict[str, list[str]] = {
+    "k1": ["keep={k: 1}"],
+    "k4": ["keep={k: 4, min_prob: 1.0e-4}"],
+    "k10": ["keep={k: 10, min_prob: 1.0e-4}"],
+    "threshold": ["keep={method: threshold, tau: 0.02}", "temperatures=[1.0]"],
+}
+
+
+def make_kept(world: World) -> dict[str, Any]:
+    """The datasets of table 2: one teacher and corpus, kept in unlike manners."""
+    sizes: dict[str, Any] = {"fast": world.info("fast")}
+    for name, changes in KEPT.items():
+        sizes[name] = world.dump(name, "fast", changes)
+    sizes["rs-kd"] = _drawn(world, sizes["threshold"]["bytes_per_position"])
+    kept = ("bytes_per_position", "kept_per_position", "kept_mass", "positions")
+    return {name: {key: info[key] for key in kept} for name, info in sizes.items()}
+
+
+def _drawn(world: World, bytes_per_position: float) -> dict[str, Any]:
+    """RS-KD with as many draws as come to about so many bytes, told by the size of a few tries."""
+    tries = {}
+    for draws in (2, 3, 5, 8, 13, 21, 34) if not world.is_tiny else (3,):
+        name = f"rs-kd-{draws}"
+        changes = [*KEPT["threshold"], f"output=dumps/{name}", "teacher.model=teachers/fast/model"]
+        with contextlib.chdir(world.folder):
+            dump_draws(world.config("dump"), changes, draws)
+        tries[name] = world.info(name)
+        if tries[name]["bytes_per_position"] > bytes_per_position:
+            break
+    nearest = min(tries, key=lambda name: abs(tries[name]["bytes_per_position"] - bytes_per_position))
+    link = Path(world.folder / "dumps/rs-kd")
+    link.unlink(missing_ok=True)
+    link.symlink_to(nearest)
+    return tries[nearest] | {"draws": int(nearest.rpartition("-")[2])}
