@@ -23,7 +23,7 @@ from shared.text_files import TextFile, find_text_files
 CONTENT_ID_DIGITS = 32
 
 ROLLOUT_SUFFIX = r"~[0-9a-f]{12}\.[0-9]+$"
-"""Of the sample id of a rollout, behind that of the row whose prompt it answers: who wrote it, and which reply it is."""
+"""Of a rollout's sample id, behind that of the row whose prompt it answers: who wrote it, and which reply it is."""
 
 logger = logging.getLogger("logitferry")
 

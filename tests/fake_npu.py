@@ -7,6 +7,7 @@ process, so tests that use it start one of their own.
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,15 @@ _behind: dict[int, torch.Tensor] = {}
 """By storage: autograd makes tensors of its own, that share the storage and nothing else."""
 
 
+class Stream:
+    """The one that there is: all work is done when it was asked for."""
+
+    wait_stream = synchronize = staticmethod(lambda *_: None)
+
+
+STREAM = Stream()
+
+
 class Module:
     """What torch asks of a device's module."""
 
@@ -30,6 +40,8 @@ class Module:
     current_device = staticmethod(lambda: 0)
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16])
     manual_seed_all = staticmethod(lambda seed: None)
+    current_stream = staticmethod(lambda: STREAM)
+    stream = staticmethod(nullcontext)
     _lazy_init = synchronize = staticmethod(lambda *_: None)
 
 

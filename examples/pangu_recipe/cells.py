@@ -8,8 +8,9 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from live import dump_draws, train_live
@@ -20,6 +21,21 @@ BUDGET, TINY_BUDGET = 960_000, 12_000
 RATES = (3e-3, 6e-3, 12e-3)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A dataset, or its rows of one manner."""
+
+    dataset: str
+    manner: str | None = None
+
+    def tree(self) -> dict[str, Any]:
+        """As `student-train run` takes it."""
+        return {"dataset": f"dumps/{self.dataset}"} | ({"manner": self.manner} if self.manner else {})
+
+
+FAST, REASONING = Source("fast", "fast"), Source("reasoning", "reasoning")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of a cell."""
@@ -27,13 +43,10 @@ class Stage:
     name: str
     share: float
     """Of the cell's tokens."""
-    data: str
-    """A dataset."""
-    manner: str | None = None
+    sources: tuple[Source, ...]
+    """Several are mixed, a row of each in turn."""
     loss: dict[str, Any] | None = None
     """None is SFT."""
-    mix: dict[str, float] = field(default_factory=dict)
-    """Other datasets and their weights beside `data`, whose weight is 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +96,14 @@ class Cell:
 
     def tree(self, stage: Stage) -> dict[str, Any]:
         """A stage as `student-train run` takes it."""
-        source = {"dataset": f"dumps/{stage.data}"} | ({"manner": stage.manner} if stage.manner else {})
-        data: dict[str, Any] = source
-        if stage.mix:
-            others = [{"dataset": f"dumps/{name}", "weight": weight} for name, weight in stage.mix.items()]
-            data = {"mix": [source | {"weight": 1.0}, *others]}
+        trees = [source.tree() for source in stage.sources]
+        data = trees[0] if len(trees) == 1 else {"mix": [each | {"weight": 1.0} for each in trees]}
         kind = {"kind": "sft"} if stage.loss is None else {"kind": "kd", "loss": stage.loss}
         return {**kind, "data": data, "steps": self.steps(stage)}
 
     def steps(self, stage: Stage) -> int:
         """Those that spend the stage's share of the tokens."""
-        mean_tokens = self.world.mean_tokens(stage.data, stage.manner)
+        mean_tokens = mean(self.world.mean_tokens(each.dataset, each.manner) for each in stage.sources)
         return max(4, round(stage.share * self.budget / (ROWS_PER_STEP * mean_tokens)))
 
     def round(self, number: int, model: str) -> str:
@@ -126,12 +136,17 @@ Run = Callable[[Cell], str]
 KD: dict[str, Any] = {"kd_weight": 0.9}
 
 
-def sft(manner: str, share: float, name: str | None = None) -> Stage:
-    return Stage(name=name or f"sft-{manner}", share=share, data=manner, manner=manner)
+def sft(share: float, *sources: Source, name: str = "sft") -> Stage:
+    return Stage(name=name, share=share, sources=sources)
 
 
-def kd(share: float, data: str = "fast", manner: str | None = "fast", name: str = "kd", **loss: Any) -> Stage:
-    return Stage(name=name, share=share, data=data, manner=manner, loss=KD | loss)
+def kd(share: float, *sources: Source, name: str = "kd", **loss: Any) -> Stage:
+    return Stage(name=name, share=share, sources=sources, loss=KD | loss)
+
+
+def sft_both(share: float) -> list[Stage]:
+    """SFT(R), then SFT(F)."""
+    return [sft(share / 2, REASONING, name="sft-reasoning"), sft(share / 2, FAST, name="sft-fast")]
 
 
 def rounds(number: int) -> Run:
@@ -139,11 +154,10 @@ def rounds(number: int) -> Run:
 
     def run(cell: Cell) -> str:
         share = 1 / 3 / (number + 1)
-        model = cell.train([sft("reasoning", 1 / 3), sft("fast", 1 / 3), kd(share)])
+        model = cell.train([*sft_both(2 / 3), kd(share, FAST)])
         for count in range(1, number + 1):
             written = cell.round(count, model)
-            stage = Stage(name="kd", share=share, data="fast", manner="fast", loss=KD, mix={written: 1.0})
-            model = cell.train([stage], start=model, part=f"round-{count}")
+            model = cell.train([kd(share, FAST, Source(written))], start=model, part=f"round-{count}")
         return model
 
     return run
@@ -154,17 +168,17 @@ def of_stages(*stages: Stage) -> Run:
 
 
 TABLE_1: dict[str, Run] = {
-    "SFT(F)": of_stages(sft("fast", 1)),
-    "SFT(R) + SFT(F)": of_stages(sft("reasoning", 1 / 2), sft("fast", 1 / 2)),
-    "SFT(R) + KD(F)": of_stages(sft("reasoning", 1 / 2), kd(1 / 2)),
-    "SFT(R) + SFT(F) + KD(F)": of_stages(sft("reasoning", 1 / 3), sft("fast", 1 / 3), kd(1 / 3)),
+    "SFT(F)": of_stages(sft(1, FAST)),
+    "SFT(R) + SFT(F)": of_stages(*sft_both(1)),
+    "SFT(R) + KD(F)": of_stages(sft(1 / 2, REASONING), kd(1 / 2, FAST)),
+    "SFT(R) + SFT(F) + KD(F)": of_stages(*sft_both(2 / 3), kd(1 / 3, FAST)),
     "… + one round of rollouts": rounds(1),
     "… + two rounds": rounds(2),
     "alternation": of_stages(
-        sft("reasoning", 1 / 4, "sft-reasoning"),
-        kd(1 / 4, "reasoning", "reasoning", "kd-reasoning"),
-        sft("fast", 1 / 4, "sft-fast"),
-        kd(1 / 4, "fast", "fast", "kd-fast"),
+        sft(1 / 4, REASONING, FAST, name="sft-1"),
+        kd(1 / 4, REASONING, FAST, name="kd-1"),
+        sft(1 / 4, REASONING, FAST, name="sft-2"),
+        kd(1 / 4, REASONING, FAST, name="kd-2"),
     ),
 }
 
@@ -180,12 +194,12 @@ def after_sft(stage: Stage) -> Run:
 
 def shared_start(cell: Cell) -> str:
     start = Cell(world=cell.world, name="start", rate=RATES[1])
-    return start.train([sft("reasoning", 1 / 4), sft("fast", 1 / 4)])
+    return start.train(sft_both(1 / 2))
 
 
 def live(cell: Cell) -> str:
     """The teacher in memory, KL over the whole vocabulary."""
-    stage = sft("fast", 1 / 2)
+    stage = sft(1 / 2, FAST)
     tree = cell.common() | {"student": {"model": shared_start(cell)}, "output": f"{cell.folder}/run"}
     text = {"files": ["corpus/student.jsonl"]}
     tree |= {"data": {"text": text, "manner": "fast"}, "loss": {"kd_weight": 0}, "steps": cell.steps(stage)}
@@ -197,20 +211,20 @@ def live(cell: Cell) -> str:
 
 TABLE_2: dict[str, tuple[str | None, Run]] = {
     # What is in the table: the dataset whose bytes count, and how it is trained on.
-    "SFT (no teacher)": (None, after_sft(sft("fast", 1 / 2))),
+    "SFT (no teacher)": (None, after_sft(sft(1 / 2, FAST))),
     "live, full vocabulary": (None, live),
-    "k = 1": ("k1", after_sft(kd(1 / 2, "k1"))),
-    "k = 4": ("k4", after_sft(kd(1 / 2, "k4"))),
-    "k = 10": ("k10", after_sft(kd(1 / 2, "k10"))),
-    "k = 64": ("fast", after_sft(kd(1 / 2))),
-    "k = 10, renormalise": ("k10", after_sft(kd(1 / 2, "k10", tail="renormalise"))),
-    "k = 10, drop": ("k10", after_sft(kd(1 / 2, "k10", tail="drop"))),
-    "threshold sampling": ("threshold", after_sft(kd(1 / 2, "threshold"))),
-    "RS-KD, as many bytes": ("rs-kd", after_sft(kd(1 / 2, "rs-kd"))),
-    "k = 64, T = 2": ("fast", after_sft(kd(1 / 2, temperature=2.0))),
-    "k = 64, weight 0.5": ("fast", after_sft(kd(1 / 2, kd_weight=0.5))),
-    "k = 64, weight 1": ("fast", after_sft(kd(1 / 2, kd_weight=1.0))),
-    "k = 64, c = p(label)": ("fast", after_sft(kd(1 / 2, agreement=1.0))),
+    "k = 1": ("k1", after_sft(kd(1 / 2, Source("k1", "fast")))),
+    "k = 4": ("k4", after_sft(kd(1 / 2, Source("k4", "fast")))),
+    "k = 10": ("k10", after_sft(kd(1 / 2, Source("k10", "fast")))),
+    "k = 64": ("fast", after_sft(kd(1 / 2, FAST))),
+    "k = 10, renormalise": ("k10", after_sft(kd(1 / 2, Source("k10", "fast"), tail="renormalise"))),
+    "k = 10, drop": ("k10", after_sft(kd(1 / 2, Source("k10", "fast"), tail="drop"))),
+    "threshold sampling": ("threshold", after_sft(kd(1 / 2, Source("threshold", "fast")))),
+    "RS-KD, as many bytes": ("rs-kd", after_sft(kd(1 / 2, Source("rs-kd", "fast")))),
+    "k = 64, T = 2": ("fast", after_sft(kd(1 / 2, FAST, temperature=2.0))),
+    "k = 64, weight 0.5": ("fast", after_sft(kd(1 / 2, FAST, kd_weight=0.5))),
+    "k = 64, weight 1": ("fast", after_sft(kd(1 / 2, FAST, kd_weight=1.0))),
+    "k = 64, c = p(label)": ("fast", after_sft(kd(1 / 2, FAST, agreement=1.0))),
 }
 KEPT: dict[str, list[str]] = {
     "k1": ["keep={k: 1}"],

@@ -50,7 +50,7 @@ class Shape:
 
 
 TEACHER = Shape(width=192, layers=4, heads=6, feed_forward=384)
-STUDENT = Shape(width=32, layers=3, heads=4, feed_forward=64)
+STUDENT = Shape(width=32, layers=3, heads=4, feed_forward=96)
 TINY_TEACHER = Shape(width=32, layers=2, heads=2, feed_forward=64)
 TINY_STUDENT = Shape(width=16, layers=1, heads=2, feed_forward=32)
 
@@ -93,6 +93,8 @@ def make_model(tokenizer: Qwen2TokenizerFast, shape: Shape, seed: int) -> Qwen2F
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
         max_position_embeddings=256,
+        # Rows are short: the usual 10,000 leaves most of a narrow head without places.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=True,
         initializer_range=shape.width**-0.5,  # the usual 0.02 suits wide models; narrow ones learn slowly from it
         bos_token_id=None,

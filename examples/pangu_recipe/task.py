@@ -1,4 +1,4 @@
-"""Word problems of one to four events, each of which can be answered in two manners.
+"""Word problems of one to three events, each of which can be answered in two manners.
 
 "Belana keeps 7 turids. She wins 2. Then she loses 6. What is left?"
 
@@ -8,11 +8,12 @@
 Nothing in the question says which; the chat template's switch does, as in models that can do both.  Both manners lie in
 one file, and a record's level is its number of events, so that there is something to order by.
 
-Names and things are a few thousand made-up words, so that the vocabulary is a real one and most of a question is of no
-use for the answer.  No number is above 9: one token each, and of the answers none is told by its length.  Writers slip:
-in one training record of five a step is off by one, and what follows is wrong with it.  Whoever reads much learns that
-the right number is likely and its neighbours are not; whoever reads little has one number for each problem, right or
-wrong.  `dev` and `test` have no slips.  No problem is in two splits: the teacher has not read the student's.
+Names and things are a few thousand made-up words, some common and most of them rare, so that the vocabulary is a real
+one and most of a question is of no use for the answer.  No number is above 9: one token each, and of the answers none
+is told by its length.  Writers slip: in one training record of five a step is off by one, and what follows is wrong
+with it.  Whoever reads much learns that the right number is likely and its neighbours are not; whoever reads little
+has one number for each problem, right or wrong.  `dev` and `test` have no slips.  No problem is in two splits: the
+teacher has not read the student's.
 
     python task.py FOLDER [SEED]    writes FOLDER/teacher.jsonl, student.jsonl, dev.jsonl and test.jsonl
 """
@@ -28,12 +29,12 @@ from typing import Any
 
 FAST, REASONING = "fast", "reasoning"
 MANNERS = (REASONING, FAST)
-LEVELS = (1, 2, 3, 4)
+LEVELS = (1, 2, 3)
 MOST = 9
 CHANGES = (*range(-5, 0), *range(1, 6))
 
 # Problems, not records: each problem makes one record for each manner.
-SIZES = {"teacher": 16_000, "student": 2_000, "dev": 200, "test": 500}
+SIZES = {"teacher": 20_000, "student": 2_000, "dev": 200, "test": 500}
 TINY_SIZES = {"teacher": 600, "student": 96, "dev": 24, "test": 32}
 SLIP_RATE = 0.2
 WITH_SLIPS = ("teacher", "student")
@@ -76,11 +77,14 @@ def make_words(count: int, ending: str, seed: int) -> list[str]:
 
 NAMES = [each.capitalize() for each in make_words(3_000, "n", 0)]
 THINGS = make_words(3_000, "ds", 0)
+# Zipf's law, as in any text: the tenth word is a tenth as common as the first.
+WORD_WEIGHTS = [1 / rank for rank in range(1, 3_001)]
 
 
 def draw_problem(rng: random.Random, level: int) -> Problem:
     """A start, so many events, a question.  What is held stays between zero and MOST."""
-    words = {"name": rng.choice(NAMES), "who": rng.choice(("she", "he")), "things": rng.choice(THINGS)}
+    (name,), (things,) = (rng.choices(words, WORD_WEIGHTS) for words in (NAMES, THINGS))
+    words = {"name": name, "who": rng.choice(("she", "he")), "things": things}
     start = held = rng.randint(0, MOST)
     sentences, changes = [rng.choice(OPENINGS).format(n=start, **words)], []
     for _ in range(level):
@@ -91,7 +95,7 @@ def draw_problem(rng: random.Random, level: int) -> Problem:
         held += change
         changes.append(change)
     sentences.append(rng.choice(QUESTIONS).format(**words))
-    return Problem(" ".join(sentences), start, tuple(changes), words["things"])
+    return Problem(" ".join(sentences), start, tuple(changes), things)
 
 
 def solve(problem: Problem, rng: random.Random, slip_rate: float) -> tuple[str, int]:

@@ -343,7 +343,7 @@ def test_what_a_curriculum_drops_lies_beside_the_run_with_its_reasons(
 
 
 def test_deduplicating_leaves_out_what_is_held_out_under_another_id(student_folder: Path, tmp_path: Path):
-    records = [record | {"id": f"{name}-{n}"} for n, record in enumerate(chat_records(20)) for name in "ab"]
+    records = [record | {"id": f"{name}-{n}"} for n, record in enumerate(chat_records(60)) for name in "ab"]
     text = {"files": [str(write_jsonl(tmp_path / "twice.jsonl", records))]}
     data = {"text": text, "curriculum": {"deduplicate": True}}
     run = settings(student_folder, tmp_path / "out", data=data, loss__kd_weight=0, held_out__fraction=0.3, steps=1)
