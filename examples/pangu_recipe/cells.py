@@ -17,8 +17,8 @@ from live import dump_draws, train_live
 from world import World, set_options
 
 ROWS_PER_STEP = 16
-BUDGET, TINY_BUDGET = 960_000, 12_000
-RATES = (3e-3, 6e-3, 12e-3)
+BUDGET, TINY_BUDGET = 1_200_000, 12_000
+RATES = (1.5e-3, 3e-3, 6e-3)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def rounds(number: int) -> Run:
         model = cell.train([*sft_both(2 / 3), kd(share, FAST)])
         for count in range(1, number + 1):
             written = cell.round(count, model)
-            model = cell.train([kd(share, FAST, Source(written))], start=model, part=f"round-{count}")
+            stage = kd(share, FAST, Source(written), kd_weight=1.0)  # what a student wrote is no label
+            model = cell.train([stage], start=model, part=f"round-{count}")
         return model
 
     return run

@@ -34,7 +34,7 @@ MOST = 9
 CHANGES = (*range(-5, 0), *range(1, 6))
 
 # Problems, not records: each problem makes one record for each manner.
-SIZES = {"teacher": 20_000, "student": 2_000, "dev": 200, "test": 500}
+SIZES = {"teacher": 20_000, "student": 1_500, "dev": 300, "test": 1_000}
 TINY_SIZES = {"teacher": 600, "student": 96, "dev": 24, "test": 32}
 SLIP_RATE = 0.2
 WITH_SLIPS = ("teacher", "student")
