@@ -224,9 +224,11 @@ def report_verb(runs: tuple[Path, ...], evals: tuple[Path, ...], output: Path | 
     RUN is a run's output folder, also of a run that is going on, or that of a recipe, for all its stages.  The page
     needs no network: curves, what calls for attention, calibration, the worst rows token by token, and the settings.
     """
-    from student_train.report.page import write_report
+    from student_train.report.page import PAGE_NAME, write_report
 
-    result = write_report([folder for run in runs for folder in stage_folders(run)], evals, output)
+    result = write_report(
+        [folder for run in runs for folder in stage_folders(run)], evals, output or runs[-1] / PAGE_NAME
+    )
     lines = [f"{result['report']}: {size(result['bytes'])}; open it in a browser"]
     lines += [f"  {each['stage']}: {each['seen']}" for each in result["findings"]]
     emit(result, lines, as_json=as_json)

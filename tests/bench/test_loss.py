@@ -15,6 +15,7 @@ def rows_of(module: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, *argume
     return json.loads((tmp_path / "out.json").read_text())
 
 
+@pytest.mark.cluster
 def test_bench_loss_compares_with_cross_entropy_and_the_floor(tmp_path, monkeypatch: pytest.MonkeyPatch):
     shape = "2048,64,4099,float32"
     rows = rows_of(loss, tmp_path, monkeypatch, "--shape", shape, "--repeats", "1", "--kept", "9", "--only", "dense_kl")
@@ -50,6 +51,7 @@ def test_bench_train_reports_the_ratio_to_a_step_without_a_teacher(tmp_path, mon
     assert all(row["ratio"] > 0 and row["positions"] == 64 and row["tokens_per_s"] > 0 for row in rows)
 
 
+@pytest.mark.cluster
 def test_bench_sampling_has_less_noise_than_rs_kd_at_equal_bytes(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sampling, "DRAWS", (5, 50))
     monkeypatch.setattr(sampling, "TAUS", (0.05,))

@@ -17,20 +17,22 @@ from student_train.lineage import writer_of
 from student_train.recipe import Recipe, load_runs
 from student_train.rollout.config import RolloutSettings
 from teacher_dump.config import DumpSettings
+from tests.data import write_jsonl
 from tests.student_train.test_train import log_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples/pangu_recipe"
 
 
+@pytest.mark.parametrize("form", ["", "large"])
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("dump", DumpSettings), ("eval", EvalSettings), ("rollout", RolloutSettings), ("round", TrainSettings)],
 )
-def test_configs_can_be_read(name: str, kind: Any):
-    load_settings(kind, EXAMPLE / f"{name}.yaml")
+def test_configs_can_be_read(form: str, name: str, kind: Any):
+    load_settings(kind, EXAMPLE / form / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("name", ["teacher", "recipe", "alternation"])
+@pytest.mark.parametrize("name", ["teacher", "recipe", "alternation", "large/recipe"])
 def test_ready_made_recipes_can_be_read(name: str):
     assert isinstance(load_runs(EXAMPLE / f"{name}.yaml"), Recipe)
 
@@ -75,3 +77,67 @@ def test_the_tiny_tables_have_a_line_for_every_cell(tmp_path: Path):
         assert len(tree["cells"]) == cells
         assert told.count("\n| ") >= cells
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def problem(number: int) -> dict[str, str]:
+    """As GSM8K writes them."""
+    total = number + 2
+    solution = f"She has {number}+2=<<{number}+2={total}>>{total} eggs.\n#### {total}"
+    return {"question": f"Ann has {number} eggs and buys 2. How many?", "answer": solution}
+
+
+PROBLEMS = [problem(number) for number in range(60)]
+
+
+def gsm8k(folder: Path, problems: list[dict[str, str]]) -> list[Path]:
+    train, test = problems[:50], problems[50:]
+    return [write_jsonl(folder / "train.jsonl", train), write_jsonl(folder / "test.jsonl", test)]
+
+
+def convert(folder: Path, problems: list[dict[str, str]]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, EXAMPLE / "large/gsm8k.py", *gsm8k(folder, problems), folder / "corpus"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_gsm8k_becomes_both_manners_with_one_answer_and_no_problem_in_two_splits(tmp_path: Path):
+    assert convert(tmp_path, PROBLEMS).returncode == 0
+    splits = {
+        split: [json.loads(line) for line in (tmp_path / f"corpus/{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "dev", "test")
+    }
+    records = [record for split in splits.values() for record in split]
+    assert len({record["id"] for record in records}) == len(records) == 2 * len(PROBLEMS)
+    assert len(splits["test"]) == 20
+    questions = [{record["messages"][0]["content"] for record in split} for split in splits.values()]
+    assert all(questions)
+    assert sum(map(len, questions)) == len(PROBLEMS)
+    fast = [record["messages"][1]["content"] for record in records if record["manner"] == "fast"]
+    slow = [record["messages"][1]["content"] for record in records if record["manner"] == "reasoning"]
+    assert [reply.rpartition("</think>\n\n")[2] for reply in slow] == fast
+    assert slow[0].startswith("<think>\nShe has ")
+    assert "<<" not in "".join(slow)
+
+
+def test_a_solution_without_an_answer_is_named(tmp_path: Path):
+    done = convert(tmp_path, [*PROBLEMS, {"question": "?", "answer": "I do not know."}])
+    assert done.returncode == 1
+    assert "test-00010: a solution ends in a line '#### answer'" in done.stderr
+
+
+@pytest.mark.full
+def test_the_large_form_goes_through_with_models_that_fit_a_cpu(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+):
+    small = "--set device=cpu --set rows_per_step=4 --set optimizer.warmup_steps=0"
+    on_cpu = "--set teacher.engine=transformers --set teacher.device=cpu --set teacher.dtype=float32"
+    variables = {
+        "TEACHER": str(teacher_folder), "STUDENT": str(student_folder), "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DUMP_ARGS": on_cpu, "TRAIN_ARGS": small,
+        "ROUND_ARGS": small, "ROLLOUT_ARGS": "--set engine=transformers --set device=cpu --set max_new_tokens=8",
+        "EVAL_ARGS": "--set device=cpu --set generate.max_new_tokens=8",
+    }  # fmt: skip
+    command = ["bash", EXAMPLE / "large/run.sh", *gsm8k(tmp_path, PROBLEMS), tmp_path / "out"]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "out/eval").iterdir())) == 8
+    assert (tmp_path / "out/students/report.html").exists()

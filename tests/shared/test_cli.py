@@ -282,6 +282,7 @@ def check_interrupted(code: int, output: str, errors: str, dump: Path, said: str
     assert not list((dump / "data").glob(".*")), "no temporary file stays behind"
 
 
+@pytest.mark.cluster
 def test_cli_dump_interrupted_by_sigterm_and_ctrl_c_is_finished_by_running_it_again(tmp_path, teacher_folder, run):
     config = write_dump(tmp_path, teacher_folder, 150, unit_records=1)
     data = tmp_path / "dump" / "data"

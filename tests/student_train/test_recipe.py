@@ -125,6 +125,9 @@ def test_stages_run_in_order_each_from_the_model_of_the_one_before(config: dict[
         assert looks[after][0]["ce"] == pytest.approx(looks[before][-1]["ce"], rel=1e-5)
     assert looks["distil"][-1]["kl"] < looks["distil"][0]["kl"]
     assert stage_folders(tmp_path / "out") == [tmp_path / "out" / name for name in told]
+    page = CliRunner().invoke(cli, ["report", str(tmp_path / "out")])
+    assert page.exit_code == 0, page.output
+    assert "distil" in (tmp_path / "out/report.html").read_text()
     assert load_runs(tmp_path / "out/recipe.yaml") == load_runs(tmp_path / "out.yaml")
 
 
