@@ -134,12 +134,21 @@ def chosen_stages(recipe: Recipe, names: tuple[str, ...]) -> dict[str, TrainSett
     """Those of these names, in the order of the recipe; all of them where none is named.
 
     Raises:
-        ConfigError: there is no such stage.
+        ConfigError: there is no such stage, or one begins with the model of another that has not been run.
     """
     for name in names:
         if name not in recipe.stages:
             raise ConfigError(f"no stage {name!r}", next_step=f"take one of {', '.join(recipe.stages)}")
-    return {name: stage.alone() for name, stage in recipe.stages.items() if not names or name in names}
+    chosen = {name: stage.alone() for name, stage in recipe.stages.items() if not names or name in names}
+    models = {f"{stage.output}/{MODEL_FOLDER}": name for name, stage in recipe.stages.items()}
+    for name, stage in chosen.items():
+        start = models.get(stage.student.model, name)
+        if start not in chosen and not Path(stage.student.model).exists():
+            raise ConfigError(
+                f"stage {name} begins with {stage.student.model}, which stage {start} has not left yet",
+                next_step=f"run --stage {start} first, or bring its model there",
+            )
+    return chosen
 
 
 def stage_folders(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -57,7 +57,7 @@ def test_the_effective_recipe_reads_back_as_itself():
     recipe = recipe_of(think={"kind": "sft"}, distil={"kind": "kd", "data": {"dataset": "d"}, "loss": {"agreement": 1}})
     again = check_settings(Recipe, yaml.safe_load(settings_yaml(recipe)), (), name="recipe.yaml")
     assert again == recipe
-    assert list(chosen_stages(again, ("distil",)).values()) == [recipe.stages["distil"].alone()]
+    assert again.stages["distil"].alone() == recipe.stages["distil"].alone()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +129,13 @@ def test_stages_run_in_order_each_from_the_model_of_the_one_before(config: dict[
     assert page.exit_code == 0, page.output
     assert "distil" in (tmp_path / "out/report.html").read_text()
     assert load_runs(tmp_path / "out/recipe.yaml") == load_runs(tmp_path / "out.yaml")
+
+
+def test_a_stage_whose_start_is_not_there_names_the_stage_to_run_first(config: dict[str, Any], tmp_path: Path):
+    path = tmp_path / "out.yaml"
+    path.write_text(as_yaml(config | {"output": str(tmp_path / "out")}))
+    with pytest.raises(ConfigError, match=r"stage short begins with .*out/long/model, which stage long has not left"):
+        chosen_stages(cast(Recipe, load_runs(path)), ("short", "distil"))
 
 
 def test_stages_one_at_a_time_leave_what_all_of_them_leave(config: dict[str, Any], tmp_path: Path):
