@@ -17,8 +17,8 @@ from live import dump_draws, train_live
 from world import World, set_options
 
 ROWS_PER_STEP = 16
-BUDGET, TINY_BUDGET = 1_200_000, 12_000
-RATES = (1.5e-3, 3e-3, 6e-3)
+BUDGET, TINY_BUDGET = 1_800_000, 12_000
+RATES = (2e-3, 4e-3)
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,13 @@ def score(result: dict[str, Any]) -> tuple[float, float]:
     return sum(result[each]["exact"] for each in manners), -sum(result[each]["ce"] for each in manners)
 
 
-def tuned_rates(runs: dict[str, Run], world: World, rates: tuple[float, ...], jobs: int) -> dict[str, float]:
-    """For each cell the rate that does best on the development split of this seed."""
-    cells = [Cell(world=world, name=name, rate=rate) for name in runs for rate in rates]
-    results = side_by_side(cells, "dev", jobs)
-    return {name: max(rates, key=lambda rate: score(results[Cell(world=world, name=name, rate=rate)])) for name in runs}
+def best_rates(tried: dict[Cell, dict[str, Any]]) -> dict[str, float]:
+    """For each line the rate that does best."""
+    best: dict[str, Cell] = {}
+    for cell, found in tried.items():
+        if cell.name not in best or score(found) > score(tried[best[cell.name]]):
+            best[cell.name] = cell
+    return {name: cell.rate for name, cell in best.items()}
 
 
 def side_by_side(cells: list[Cell], split: str, jobs: int) -> dict[Cell, dict[str, Any]]:
@@ -153,13 +155,18 @@ def table(name: str, output: Path, seeds: tuple[int, ...], jobs: int, tiny: bool
             of_world = world.once("kept", lambda world=world: make_kept(world))
             kept[str(world.seed)] = of_world
             world.once("start", lambda world=world: {"model": shared_start(Cell(world=world, name="", rate=0))})
-    chosen = tuned_rates(runs, everything[0], rates, jobs)
+    tried = side_by_side(
+        [Cell(world=everything[0], name=each, rate=rate) for each in runs for rate in rates], "dev", jobs
+    )
+    chosen = best_rates(tried)
     cells = [Cell(world=w, name=each, rate=chosen[each]) for w in everything if w.seed in seeds for each in runs]
     results = side_by_side(cells, "test", jobs)
     tree = {
         "cells": [{"name": c.name, "seed": c.world.seed, "rate": c.rate, **found} for c, found in results.items()],
         "kept": kept,
         "shared_s": {str(w.seed): {part: f["seconds"] for part, f in w.make().items()} for w in everything},
+        "tried": [{"name": c.name, "rate": c.rate, **found} for c, found in tried.items()],
+        "cells_s": round(sum(found["seconds"] for found in (*tried.values(), *results.values()))),
         "this_run_s": round(time.monotonic() - begin_s),
     }
     (output / f"{name}.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")

@@ -9,6 +9,7 @@ import matplotlib as mpl
 from cells import TABLE_2
 
 MANNERS = ("reasoning", "fast")
+SHARED = ("corpus", "teachers", "dumps")
 
 
 def by_name(tree: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -45,6 +46,9 @@ def markdown(name: str, tree: dict[str, Any]) -> str:
     rows += [
         f"| {line} | " + " | ".join(columns(line, cells, lines, tree, name)) + " |" for line, cells in lines.items()
     ]
+    shared = {part: round(sum(of_seed[part] for of_seed in tree["shared_s"].values())) for part in SHARED}
+    times = ", ".join(f"{part} {seconds:,} s" for part, seconds in shared.items())
+    rows += ["", f"All cells with those that tuned: {tree['cells_s']:,} s, two at a time.  What they share: {times}."]
     return "\n".join(rows)
 
 
