@@ -21,10 +21,11 @@ from shared.vllm_start import require_vllm
 from shared.workers import Share, share_of_process
 from student_train.eval.generation import Reply
 from student_train.rollout.config import RolloutSettings
-from student_train.rollout.engines import Task, open_engine
+from student_train.rollout.engines import open_engine
 from student_train.rollout.ledger import DATA, PLAN, RESULT, Ledger, UnitRecord
 from student_train.rollout.plan import Plan, contents_of, writer_of
 from student_train.rollout.prompts import Prompts, data_identity, read_prompts
+from student_train.rollout.task import Task
 from student_train.rollout.units import UnitWork
 from student_train.rollout.verifier import verifier_of
 

@@ -12,11 +12,11 @@ from shared.errors import NonFiniteError
 from student_train.eval.generation import Reply, text_of
 from student_train.lineage import source_of
 from student_train.rollout.config import KeepSettings
-from student_train.rollout.engines import Ask
 from student_train.rollout.filters import why_dropped
 from student_train.rollout.ledger import DATA, DROPPED, Counts
 from student_train.rollout.plan import Plan
 from student_train.rollout.prompts import Prompt
+from student_train.rollout.task import Ask
 from student_train.rollout.verifier import Verifier
 
 NLL_DIGITS = 6

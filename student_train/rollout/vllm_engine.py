@@ -15,7 +15,7 @@ from shared.errors import LogitferryError
 from shared.vllm_start import TESTED_VERSIONS, is_tested, quiet_environment, require_vllm, start, told
 from student_train.eval.generation import Reply, text_of
 from student_train.eval.sampling import seed_of
-from student_train.rollout.engines import Ask, Task
+from student_train.rollout.task import Ask, Task
 
 CPU_BATCH_TOKENS = 2048
 
