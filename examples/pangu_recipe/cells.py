@@ -18,7 +18,7 @@ from world import World, set_options
 
 ROWS_PER_STEP = 16
 BUDGET, TINY_BUDGET = 1_800_000, 12_000
-RATES = (2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 
 
 @dataclass(frozen=True)
