@@ -37,6 +37,23 @@ def cli() -> None:
     pass
 
 
+@cli.command("init")
+@click.option("--model", required=True, help="The student: a folder, or a name on the Hugging Face Hub.")
+@click.option("--dataset", help="What a teacher left: a folder or URL.")
+@click.option("--data", "files", multiple=True, help="For SFT alone: a text file, folder or URL; repeatable.")
+@click.option("--tokenizer", help="Where it is not the student's own.")
+@click.option("--output", default="my-student", show_default=True, help="Folder of the run.")
+@click.argument("config", type=click.Path(path_type=Path), default=Path("train.yaml"))
+def init_verb(
+    model: str, dataset: str | None, files: tuple[str, ...], tokenizer: str | None, output: str, config: Path
+) -> None:
+    """Write a commented CONFIG (train.yaml) for a student and what it learns from."""
+    from student_train.init import write_config
+
+    lines = write_config(config, model=model, dataset=dataset, files=list(files), output=output, tokenizer=tokenizer)
+    click.echo("\n".join(lines))
+
+
 @cli.command("doctor")
 @click.argument("config", type=click.Path(), required=False)
 @overrides_option

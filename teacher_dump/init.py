@@ -7,25 +7,18 @@ and what could run the teacher here.
 from pathlib import Path
 from typing import Any
 
+from shared.commented_yaml import require_new, write_config_file
 from shared.config import check_settings
-from shared.errors import ConfigError, OutputError
-from shared.files import write_atomically
+from shared.first_record import FirstRecord, first_record
 from shared.models_config import ModelSettings
 from shared.vllm_start import vllm_version
-from teacher_dump.commented_yaml import commented_yaml
 from teacher_dump.config import DumpSettings
-from teacher_dump.first_record import FirstRecord, first_record
 
 TURN_TOKENS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "<|end_of_text|>",
     "<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>",
 )  # fmt: skip
 """What ends turns, opens and closes reasoning and calls tools, as common tokenizers spell it."""
-HEAD = """\
-## What `teacher-dump run` reads.  A line that begins with `# ` is a setting with its default: take the `# ` away to
-## change it.  Paths are relative to the folder where the command is run.
-
-"""
 
 
 def write_config(
@@ -42,8 +35,7 @@ def write_config(
     """
     from shared.pretrained import load_tokenizer
 
-    if path.exists():
-        raise ConfigError(f"{path} exists already, and is left as it is", next_step="give another path, or remove it")
+    require_new(path)
     loaded = load_tokenizer(ModelSettings(model=model, tokenizer=tokenizer))
     chosen, why = (engine, "as asked for") if engine else _engine_for_this_machine()
     always = tokens_to_keep(loaded)
@@ -64,11 +56,7 @@ def write_config(
     }
     settings = check_settings(DumpSettings, tree, (), name="the config to write")
     first = first_record(settings.data)
-    try:
-        write_atomically(path, (HEAD + commented_yaml(DumpSettings, tree)).encode())
-    except OSError as error:
-        reason = error.strerror or error.args[0]
-        raise OutputError(f"{path} cannot be written: {reason}", next_step="give another path") from error
+    write_config_file(path, DumpSettings, tree, command="teacher-dump run")
     return [
         f"{path}: written",
         f"  tokenizer: {tokenizer or model}, {len(loaded):,} tokens{_template(loaded, first)}",

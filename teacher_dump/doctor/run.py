@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from shared.doctor.finding import Finding
 from shared.doctor.model import Opened, model_found, tokenizer_found
 from shared.errors import ConfigError
+from shared.first_record import first_record
 from teacher_dump.config import DumpSettings, TeacherSettings
-from teacher_dump.first_record import first_record
 
 
 def dtypes_of(teacher: TeacherSettings | None, opened: Opened) -> list[str]:

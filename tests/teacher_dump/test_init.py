@@ -3,24 +3,23 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 import yaml
-from pydantic import BaseModel
 from tokenizers import Tokenizer, models
 
 import shared.device
+from shared.commented_yaml import commented_yaml
 from shared.config import load_settings
 from shared.errors import ConfigError, OutputError, RecordError
 from shared.inspected import Selection, open_inspected
 from shared.vllm_start import vllm_version
-from teacher_dump.commented_yaml import commented_yaml
 from teacher_dump.config import DumpSettings
 from teacher_dump.init import tokens_to_keep, write_config
 from tests.chat_templates import CHATML
+from tests.commented import described, keys, uncommented
 from tests.data import chat_records, write_jsonl
 from tests.tiny import make_model, make_tokenizer
 
@@ -39,25 +38,6 @@ def write(tmp_path, teacher_folder, chats):
         return write_config(tmp_path / "dump.yaml", **{**arguments, "tokenizer": None, **changes})
 
     return written
-
-
-def uncommented(text: str) -> str:
-    """As an editor makes it of every commented setting."""
-    return re.sub(r"^( *)# ", r"\1", text, flags=re.MULTILINE)
-
-
-def keys(tree: Any) -> Any:
-    return {name: keys(value) for name, value in tree.items()} if isinstance(tree, dict) else None
-
-
-def described(kind: type[BaseModel]) -> list[str]:
-    """The docstrings of all settings, also of those that lie in others."""
-    texts = []
-    for each in kind.model_fields.values():
-        texts += [each.description] if each.description else []
-        if isinstance(each.annotation, type) and issubclass(each.annotation, BaseModel):
-            texts += described(each.annotation)
-    return texts
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])

@@ -7,6 +7,7 @@ one setting or of all, has a config that loads.
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,8 +15,30 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from shared.config import Settings
+from shared.errors import ConfigError, OutputError
+from shared.files import write_atomically
 
 TEXT_COLUMNS = 100
+HEAD = """\
+## What `{command}` reads.  A line that begins with `# ` is a setting with its default: take the `# ` away to
+## change it.  Paths are relative to the folder where the command is run.
+
+"""
+
+
+def require_new(path: Path) -> None:
+    """Raises ConfigError where there is a file already."""
+    if path.exists():
+        raise ConfigError(f"{path} exists already, and is left as it is", next_step="give another path, or remove it")
+
+
+def write_config_file(path: Path, kind: type[Settings], given: dict[str, Any], *, command: str) -> None:
+    """Raises OutputError: the file cannot be written."""
+    try:
+        write_atomically(path, (HEAD.format(command=command) + commented_yaml(kind, given)).encode())
+    except OSError as error:
+        reason = error.strerror or error.args[0]
+        raise OutputError(f"{path} cannot be written: {reason}", next_step="give another path") from error
 
 
 def commented_yaml(kind: type[Settings], given: dict[str, Any]) -> str:
