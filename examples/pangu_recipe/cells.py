@@ -18,6 +18,8 @@ from world import World, set_options
 
 ROWS_PER_STEP = 16
 BUDGET, TINY_BUDGET = 1_800_000, 12_000
+REASONED_ANSWER = r"</think>(\d+)$"
+"""An answer without a thought before it is none in the reasoning manner."""
 RATES = (2e-3, 4e-3, 8e-3)
 
 
@@ -106,12 +108,12 @@ class Cell:
         mean_tokens = mean(self.world.mean_tokens(each.dataset, each.manner) for each in stage.sources)
         return max(4, round(stage.share * self.budget / (ROWS_PER_STEP * mean_tokens)))
 
-    def round(self, number: int, model: str) -> str:
-        """The student answers its own prompts and the fast teacher scores what it wrote; the name of the dataset."""
+    def round(self, number: int, model: str, manner: str) -> str:
+        """The student answers its own prompts and the manner's teacher scores that; the name of the dataset."""
         rollouts, name = f"{self.folder}/rollouts-{number}", f"{self.slug}-rollouts-{number}"
-        changes = [f"student.model={model}", f"output={rollouts}", f"seed={self.world.seed}"]
+        changes = [f"student.model={model}", f"output={rollouts}", f"seed={self.world.seed}", f"data.manner={manner}"]
         self.world.run("student-train rollout", self.world.config("rollout"), *set_options(changes))
-        self.world.dump(name, "fast", [f"data.files=[{rollouts}/data]", "data.source_field=source"])
+        self.world.dump(name, manner, [f"data.files=[{rollouts}/data]", "data.source_field=source"])
         return name
 
     def measure(self, model: str, split: str) -> dict[str, Any]:
@@ -121,6 +123,8 @@ class Cell:
             output = f"{self.folder}/eval-{split}-{manner}"
             data = f"{{dataset: dumps/{split}-{manner}, manner: {manner}}}"
             changes = [f"student.model={model}", f"data={data}", f"output={output}"]
+            if manner == "reasoning":
+                changes.append(f"generate.answer={REASONED_ANSWER}")
             self.world.run("student-train eval", self.world.config("eval"), *set_options(changes))
             result = json.loads((self.world.folder / output / "eval.json").read_text())
             means, match = result["evaluation"]["means"], result["exact_match"]
@@ -149,15 +153,16 @@ def sft_both(share: float) -> list[Stage]:
     return [sft(share / 2, REASONING, name="sft-reasoning"), sft(share / 2, FAST, name="sft-fast")]
 
 
-def rounds(number: int) -> Run:
-    """SFT(R), SFT(F) and KD(F), the last share of the tokens on the student's own rollouts beside the labels."""
+def rounds(number: int, source: Source, *first: Stage) -> Run:
+    """After the `first` stages KD, its tokens shared out: labels alone, then rounds of the student's own rollouts
+    beside them."""
 
     def run(cell: Cell) -> str:
-        share = 1 / 3 / (number + 1)
-        model = cell.train([*sft_both(2 / 3), kd(share, FAST)])
+        share = (1 - sum(stage.share for stage in first)) / (number + 1)
+        model = cell.train([*first, kd(share, source)])
         for count in range(1, number + 1):
-            written = cell.round(count, model)
-            stage = kd(share, FAST, Source(written), kd_weight=1.0)  # what a student wrote is no label
+            written = cell.round(count, model, str(source.manner))
+            stage = kd(share, source, Source(written), kd_weight=1.0)  # what a student wrote is no label
             model = cell.train([stage], start=model, part=f"round-{count}")
         return model
 
@@ -173,8 +178,13 @@ TABLE_1: dict[str, Run] = {
     "SFT(R) + SFT(F)": of_stages(*sft_both(1)),
     "SFT(R) + KD(F)": of_stages(sft(1 / 2, REASONING), kd(1 / 2, FAST)),
     "SFT(R) + SFT(F) + KD(F)": of_stages(*sft_both(2 / 3), kd(1 / 3, FAST)),
-    "… + one round of rollouts": rounds(1),
-    "… + two rounds": rounds(2),
+    "… + one round of rollouts": rounds(1, FAST, *sft_both(2 / 3)),
+    "… + two rounds": rounds(2, FAST, *sft_both(2 / 3)),
+    "SFT(R)": of_stages(sft(1, REASONING)),
+    "SFT(R) + KD(R)": of_stages(sft(1 / 2, REASONING), kd(1 / 2, REASONING)),
+    "SFT(R) + KD(R) + one round": rounds(1, REASONING, sft(1 / 2, REASONING)),
+    "SFT(R) + KD(R) + two rounds": rounds(2, REASONING, sft(1 / 2, REASONING)),
+    "SFT + KD, both manners": of_stages(sft(1 / 2, REASONING, FAST), kd(1 / 2, REASONING, FAST)),
     "alternation": of_stages(
         sft(1 / 4, REASONING, FAST, name="sft-1"),
         kd(1 / 4, REASONING, FAST, name="kd-1"),
@@ -185,70 +195,80 @@ TABLE_1: dict[str, Run] = {
 
 
 def after_sft(stage: Stage) -> Run:
-    """From the student after half of the tokens, SFT(R) and SFT(F), the same for all cells of a seed and rate."""
+    """From the student after half of the tokens, SFT(R) and SFT(F), the same for all cells of a seed."""
 
     def run(cell: Cell) -> str:
-        return cell.train([stage], start=shared_start(cell))
+        return cell.train([stage], start=shared_start(cell.world))
 
     return run
 
 
-def shared_start(cell: Cell) -> str:
-    start = Cell(world=cell.world, name="start", rate=RATES[1])
-    return start.train(sft_both(1 / 2))
+def shared_start(world: World) -> str:
+    return Cell(world=world, name="start", rate=RATES[1]).train(sft_both(1 / 2))
 
 
 def live(cell: Cell) -> str:
-    """The teacher in memory, KL over the whole vocabulary."""
-    stage = sft(1 / 2, FAST)
-    tree = cell.common() | {"student": {"model": shared_start(cell)}, "output": f"{cell.folder}/run"}
-    text = {"files": ["corpus/student.jsonl"]}
-    tree |= {"data": {"text": text, "manner": "fast"}, "loss": {"kd_weight": 0}, "steps": cell.steps(stage)}
+    """The teacher in memory, KL over the whole vocabulary.  Its config alone would be SFT."""
+    tree = cell.common() | {"student": {"model": shared_start(cell.world)}, "output": f"{cell.folder}/run"}
+    steps = cell.steps(sft(1 / 2, Source("k64")))
+    tree |= {"data": {"text": {"files": [FAST_CORPUS]}}, "loss": {"kd_weight": 0}, "steps": steps}
     config = cell.world.write(f"{cell.folder}/run.yaml", tree)
     with contextlib.chdir(cell.world.folder):
         train_live(config, "teachers/fast/model", KD["kd_weight"])
     return f"{tree['output']}/model"
 
 
+def from_kept(dataset: str, **loss: Any) -> tuple[str, Run]:
+    return dataset, after_sft(kd(1 / 2, Source(dataset), **loss))
+
+
 TABLE_2: dict[str, tuple[str | None, Run]] = {
     # What is in the table: the dataset whose bytes count, and how it is trained on.
-    "SFT (no teacher)": (None, after_sft(sft(1 / 2, FAST))),
+    "SFT (no teacher)": (None, after_sft(sft(1 / 2, Source("k64")))),
     "live, full vocabulary": (None, live),
-    "k = 1": ("k1", after_sft(kd(1 / 2, Source("k1", "fast")))),
-    "k = 4": ("k4", after_sft(kd(1 / 2, Source("k4", "fast")))),
-    "k = 10": ("k10", after_sft(kd(1 / 2, Source("k10", "fast")))),
-    "k = 64": ("fast", after_sft(kd(1 / 2, FAST))),
-    "k = 10, renormalise": ("k10", after_sft(kd(1 / 2, Source("k10", "fast"), tail="renormalise"))),
-    "k = 10, drop": ("k10", after_sft(kd(1 / 2, Source("k10", "fast"), tail="drop"))),
-    "threshold sampling": ("threshold", after_sft(kd(1 / 2, Source("threshold", "fast")))),
-    "RS-KD, as many bytes": ("rs-kd", after_sft(kd(1 / 2, Source("rs-kd", "fast")))),
-    "k = 64, T = 2": ("fast", after_sft(kd(1 / 2, FAST, temperature=2.0))),
-    "k = 64, weight 0.5": ("fast", after_sft(kd(1 / 2, FAST, kd_weight=0.5))),
-    "k = 64, weight 1": ("fast", after_sft(kd(1 / 2, FAST, kd_weight=1.0))),
-    "k = 64, c = p(label)": ("fast", after_sft(kd(1 / 2, FAST, agreement=1.0))),
+    "k = 1": from_kept("k1"),
+    "k = 2": from_kept("k2"),
+    "k = 4": from_kept("k4"),
+    "k = 10": from_kept("k10"),
+    "k = 64": from_kept("k64"),
+    "k = 2, renormalise": from_kept("k2", tail="renormalise"),
+    "k = 2, drop": from_kept("k2", tail="drop"),
+    "threshold sampling": from_kept("threshold"),
+    "RS-KD, as many bytes": from_kept("rs-kd"),
+    "k = 64, T = 2": from_kept("k64-t2", temperature=2.0),
+    "k = 64, weight 0.5": from_kept("k64", kd_weight=0.5),
+    "k = 64, weight 1": from_kept("k64", kd_weight=1.0),
+    "k = 64, c = p(label)": from_kept("k64", agreement=1.0),
 }
+FAST_CORPUS = "corpus/student-fast.jsonl"
+"""What table 2 trains on, so that bytes are those of rows that count."""
+ONE_TEMPERATURE = ("temperatures=[1.0]", f"data.files=[{FAST_CORPUS}]")
 KEPT: dict[str, list[str]] = {
-    "k1": ["keep={k: 1}"],
-    "k4": ["keep={k: 4, min_prob: 1.0e-4}"],
-    "k10": ["keep={k: 10, min_prob: 1.0e-4}"],
-    "threshold": ["keep={method: threshold, tau: 0.02}", "temperatures=[1.0]"],
+    "k1": ["keep={k: 1}", *ONE_TEMPERATURE],
+    "k2": ["keep={k: 2, min_prob: 1.0e-4}", *ONE_TEMPERATURE],
+    "k4": ["keep={k: 4, min_prob: 1.0e-4}", *ONE_TEMPERATURE],
+    "k10": ["keep={k: 10, min_prob: 1.0e-4}", *ONE_TEMPERATURE],
+    "k64": ["keep={k: 64, min_prob: 1.0e-4}", *ONE_TEMPERATURE],
+    "k64-t2": ["keep={k: 64, min_prob: 1.0e-4}", "temperatures=[1.0, 2.0]", f"data.files=[{FAST_CORPUS}]"],
+    "threshold": ["keep={method: threshold, tau: 0.02}", *ONE_TEMPERATURE],
 }
 
 
 def make_kept(world: World) -> dict[str, Any]:
-    """The datasets of table 2: one teacher and corpus, kept in unlike manners."""
-    sizes: dict[str, Any] = {"fast": world.info("fast")}
-    for name, changes in KEPT.items():
-        sizes[name] = world.dump(name, "fast", changes)
+    """The datasets of table 2: one teacher and the fast rows, kept in unlike ways."""
+    lines = (world.folder / "corpus/student.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    fast = [line for line in lines if json.loads(line)["manner"] == "fast"]
+    (world.folder / FAST_CORPUS).write_text("".join(fast), encoding="utf-8")
+    sizes: dict[str, Any] = {name: world.dump(name, "fast", changes) for name, changes in KEPT.items()}
     sizes["rs-kd"] = _drawn(world, sizes["threshold"]["bytes_per_position"])
-    kept = ("bytes_per_position", "kept_per_position", "kept_mass", "positions")
-    return {name: {key: info[key] for key in kept} for name, info in sizes.items()}
+    kept = ("bytes_per_position", "kept_per_position", "kept_mass", "positions", "draws")
+    return {name: {key: info[key] for key in kept if key in info} for name, info in sizes.items()}
 
 
 def _drawn(world: World, bytes_per_position: float) -> dict[str, Any]:
     """RS-KD with as many draws as come to about so many bytes, told by the size of a few tries."""
     tries = {}
-    for draws in (2, 3, 5, 8, 13, 21, 34) if not world.is_tiny else (3,):
+    for draws in (2, 3, 5, 8, 13, 21, 34, 55, 89, 144) if not world.is_tiny else (3,):
         name = f"rs-kd-{draws}"
         changes = [*KEPT["threshold"], f"output=dumps/{name}", "teacher.model=teachers/fast/model"]
         with contextlib.chdir(world.folder):

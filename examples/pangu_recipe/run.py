@@ -20,23 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cells import RATES, TABLE_1, TABLE_2, Cell, Run, make_kept, shared_start
+from cells import BUDGET, RATES, TABLE_1, TABLE_2, Cell, Run, make_kept, shared_start
 from tables import markdown, write_pictures
+from task import SIZES
 from world import World
 
 from shared.cli import run_command
-from shared.errors import LogitferryError
+from shared.errors import LogitferryError, MismatchError
 
 RUNS: dict[str, dict[str, Run]] = {
     "table1": TABLE_1,
     "table2": {name: run for name, (_, run) in TABLE_2.items()},
 }
 ALL = RUNS["table1"] | RUNS["table2"]
+TUNED_BY = {"table1": ("reasoning", "fast"), "table2": ("fast",)}
 
 
 def worlds(output: Path, seeds: Iterable[int], *, is_tiny: bool) -> list[World]:
     """One for each seed.  The teachers are those of seed 0: a seed is another corpus and another student."""
     first = output.resolve() / "seed-0"
+    require_same(output, {"tiny": is_tiny, "sizes": SIZES, "budget": BUDGET})
     return [
         World(
             folder=output.resolve() / f"seed-{seed}",
@@ -48,12 +51,32 @@ def worlds(output: Path, seeds: Iterable[int], *, is_tiny: bool) -> list[World]:
     ]
 
 
+def require_same(output: Path, settings: dict[str, Any]) -> None:
+    """What is kept in `output` was made with these settings.
+
+    Raises:
+        MismatchError: with others.
+    """
+    path = output / "settings.json"
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings), encoding="utf-8")
+    there = json.loads(path.read_text(encoding="utf-8"))
+    if there != settings:
+        raise MismatchError(
+            f"{output} was made with {there}, and this is {settings}", next_step="give another --output"
+        )
+
+
 def find(cell: Cell, split: str) -> dict[str, Any]:
     """Train a cell and measure it, or what was found when that was done."""
 
     def work() -> dict[str, Any]:
         model = cell.world.once(f"{cell.slug}-model", lambda: {"model": ALL[cell.name](cell)})
-        return cell.measure(model["model"], split) | {"train_s": model["seconds"], "model": model["model"]}
+        begin_s = time.monotonic()
+        found = cell.measure(model["model"], split)
+        measure_s = round(time.monotonic() - begin_s, 1)
+        return found | {"train_s": model["seconds"], "measure_s": measure_s, "model": model["model"]}
 
     return cell.world.once(f"{cell.slug}-{split}", work)
 
@@ -77,17 +100,16 @@ def find_in_process(cell: Cell, split: str) -> dict[str, Any]:
     return find(cell, split)
 
 
-def score(result: dict[str, Any]) -> tuple[float, float]:
-    """Higher is better: mean exact match of both manners, then the lower cross-entropy."""
-    manners = ("reasoning", "fast")
-    return sum(result[each]["exact"] for each in manners), -sum(result[each]["ce"] for each in manners)
+def best_rates(tried: dict[Cell, dict[str, Any]], manners: tuple[str, ...]) -> dict[str, float]:
+    """For each line the rate of the highest exact match in these manners together, then of the lower cross-entropy."""
 
+    def score(cell: Cell) -> tuple[float, float]:
+        found = tried[cell]
+        return sum(found[each]["exact"] for each in manners), -sum(found[each]["ce"] for each in manners)
 
-def best_rates(tried: dict[Cell, dict[str, Any]]) -> dict[str, float]:
-    """For each line the rate that does best."""
     best: dict[str, Cell] = {}
-    for cell, found in tried.items():
-        if cell.name not in best or score(found) > score(tried[best[cell.name]]):
+    for cell in tried:
+        if cell.name not in best or score(cell) > score(best[cell.name]):
             best[cell.name] = cell
     return {name: cell.rate for name, cell in best.items()}
 
@@ -143,32 +165,34 @@ def pipeline(seed: int, output: Path, tiny: bool) -> None:
     click.echo(f"{time.monotonic() - begin_s:.0f} s")
 
 
+def make_for_table_2(world: World) -> dict[str, Any]:
+    """The datasets that are kept in unlike ways, and the student that all cells go on from."""
+    parts = {"kept": lambda: make_kept(world), "start": lambda: {"model": shared_start(world)}}
+    return {name: world.once(name, work) for name, work in parts.items()}
+
+
 def table(name: str, output: Path, seeds: tuple[int, ...], jobs: int, tiny: bool) -> None:
     """All cells of a table: tuned on the development split of seed 0, measured on the test split of every seed."""
     begin_s, runs, rates = time.monotonic(), RUNS[name], RATES[:1] if tiny else RATES
     everything = worlds(output, seeds, is_tiny=tiny)
-    for world in everything:
-        world.make()
-    kept: dict[str, Any] = {}
-    if name == "table2":
-        for world in everything:
-            of_world = world.once("kept", lambda world=world: make_kept(world))
-            kept[str(world.seed)] = of_world
-            world.once("start", lambda world=world: {"model": shared_start(Cell(world=world, name="", rate=0))})
+    shared = {world.seed: world.make() | (make_for_table_2(world) if name == "table2" else {}) for world in everything}
     tried = side_by_side(
         [Cell(world=everything[0], name=each, rate=rate) for each in runs for rate in rates], "dev", jobs
     )
-    chosen = best_rates(tried)
+    chosen = best_rates(tried, TUNED_BY[name])
     cells = [Cell(world=w, name=each, rate=chosen[each]) for w in everything if w.seed in seeds for each in runs]
     results = side_by_side(cells, "test", jobs)
+    found_of_all = [*tried.items(), *results.items()]
     tree = {
         "cells": [{"name": c.name, "seed": c.world.seed, "rate": c.rate, **found} for c, found in results.items()],
-        "kept": kept,
-        "shared_s": {str(w.seed): {part: f["seconds"] for part, f in w.make().items()} for w in everything},
+        "kept": {seed: parts.get("kept") for seed, parts in shared.items()},
+        "shared_s": {seed: {name: found["seconds"] for name, found in parts.items()} for seed, parts in shared.items()},
         "tried": [{"name": c.name, "rate": c.rate, **found} for c, found in tried.items()],
-        "cells_s": round(sum(found["seconds"] for found in (*tried.values(), *results.values()))),
+        "train_s": round(sum({cell: found["train_s"] for cell, found in found_of_all}.values())),
+        "measure_s": round(sum(found["measure_s"] for _, found in found_of_all)),
         "this_run_s": round(time.monotonic() - begin_s),
     }
+    tree = json.loads(json.dumps(tree))
     (output / f"{name}.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
     click.echo(markdown(name, tree))
     write_pictures(name, tree, output)
@@ -213,7 +237,8 @@ def readme(output: Path) -> None:
         tree = json.loads((output / f"{name}.json").read_text())
         opening, closing = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(opening)
-        text = f"{before}{opening}\n{markdown(name, tree)}\n{closing}{rest.partition(closing)[2]}"
+        shown = f"{markdown(name, tree)}\n\n![Exact match of every line in both manners]({name}.png)"
+        text = f"{before}{opening}\n{shown}\n{closing}{rest.partition(closing)[2]}"
         shutil.copyfile(output / f"{name}.png", here / f"{name}.png")
     (here / "README.md").write_text(text, encoding="utf-8")
 

@@ -69,9 +69,20 @@ def test_the_tiny_pipeline_runs_from_corpus_to_rollouts_and_its_rounds_go_on(tmp
     assert {path: path.stat().st_mtime_ns for path in cell.rglob("*") if path.is_file()} == before
 
 
+def test_an_output_is_of_one_size(tmp_path: Path):
+    (tmp_path / "settings.json").write_text(json.dumps({"tiny": False}))
+    done = subprocess.run(
+        [sys.executable, EXAMPLE / "run.py", "pipeline", "--tiny", "--output", tmp_path],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert "was made with {'tiny': False}" in done.stderr
+    assert "give another --output" in done.stderr
+
+
 @pytest.mark.full
 def test_the_tiny_tables_have_a_line_for_every_cell(tmp_path: Path):
-    for name, cells in (("table1", 7), ("table2", 14)):
+    for name, cells in (("table1", 12), ("table2", 15)):
         told = run(name, "--tiny", "--seeds", "0", "--output", tmp_path)
         tree = json.loads((tmp_path / f"{name}.json").read_text())
         assert len(tree["cells"]) == cells
@@ -108,7 +119,9 @@ def test_gsm8k_becomes_both_manners_with_one_answer_and_no_problem_in_two_splits
     records = [record for split in splits.values() for record in split]
     assert len({record["id"] for record in records}) == len(records) == 2 * len(PROBLEMS)
     assert len(splits["test"]) == 20
-    questions = [{record["messages"][0]["content"] for record in split} for split in splits.values()]
+    asked = [{record["messages"][0]["content"] for record in split} for split in splits.values()]
+    questions = [{each.removesuffix("\n\nAnswer with the number alone.") for each in of_split} for of_split in asked]
+    assert sum(map(len, asked)) == 2 * len(PROBLEMS)
     assert all(questions)
     assert sum(map(len, questions)) == len(PROBLEMS)
     fast = [record["messages"][1]["content"] for record in records if record["manner"] == "fast"]

@@ -3,9 +3,9 @@
     python gsm8k.py TRAIN.jsonl TEST.jsonl FOLDER     writes FOLDER/train.jsonl, dev.jsonl and test.jsonl
 
 The two files are those of https://github.com/openai/grade-school-math.  In the *reasoning* manner the steps stand
-between think tags, without the calculator's marks; in the *fast* manner the answer comes at once.  Every problem is
-there in both manners, and `dev` has those whose question falls there by its digest: one in twenty of the training
-file.
+between think tags, without the calculator's marks; in the *fast* manner the question asks for the number alone, and the
+answer comes at once.  Every problem is there in both manners, and `dev` has those whose question falls there by its
+digest: one in twenty of the training file.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from typing import Any
 
 MARKS = re.compile(r"<<[^>]*>>")
 DEV_SHARE = 20
+NUMBER_ALONE = "\n\nAnswer with the number alone."
 
 
 def in_both_manners(line: str, record_id: str) -> Iterator[dict[str, Any]]:
@@ -30,14 +31,17 @@ def in_both_manners(line: str, record_id: str) -> Iterator[dict[str, Any]]:
     thought, found, answer = problem["answer"].rpartition("\n#### ")
     if not found:
         raise ValueError(f"{record_id}: a solution ends in a line '#### answer', not in {problem['answer'][-40:]!r}")
-    replies = {"reasoning": f"<think>\n{MARKS.sub('', thought)}\n</think>\n\n{answer}", "fast": answer}
-    for manner, reply in replies.items():
+    exchanges = {
+        "reasoning": (problem["question"], f"<think>\n{MARKS.sub('', thought)}\n</think>\n\n{answer}"),
+        "fast": (problem["question"] + NUMBER_ALONE, answer),
+    }
+    for manner, (question, reply) in exchanges.items():
         yield {
             "id": f"{record_id}-{manner}",
             "manner": manner,
             "answer": answer,
             "messages": [
-                {"role": "user", "content": problem["question"]},
+                {"role": "user", "content": question},
                 {"role": "assistant", "content": reply},
             ],
         }
@@ -51,7 +55,7 @@ def is_dev(line: str) -> bool:
 def convert(train: Path, test: Path, folder: Path) -> dict[str, int]:
     """Writes the three files; how many problems each has."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = {path: path.read_text(encoding="utf-8").splitlines() for path in (train, test)}
+    lines = {path: list(filter(None, path.read_text(encoding="utf-8").split("\n"))) for path in (train, test)}
     splits = {
         "train": [line for line in lines[train] if not is_dev(line)],
         "dev": [line for line in lines[train] if is_dev(line)],
