@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from shared.encode import BatchEncoder, Encoded
 from shared.errors import LogitferryError
@@ -51,6 +52,7 @@ class EncoderPool:
                 first, future = under_way.popleft()
                 yield first, future.result()
         except BrokenProcessPool:
+            _stop_waiting_for_readers(executor)
             raise LogitferryError(
                 "a process that tokenizes died, as for want of memory", next_step="run again with fewer `processes`"
             ) from None
@@ -68,6 +70,14 @@ class EncoderPool:
                 self._processes, mp_context=context, initializer=_begin, initargs=(self._encoder,)
             )
         return self._executor
+
+
+def _stop_waiting_for_readers(executor: ProcessPoolExecutor) -> None:
+    """A pool that broke while a batch was on its way to a process waits for ever for somebody to read the rest of it:
+    its own end of the pipe is still open.  Python closes that itself since 3.11.5 (python/cpython#94777)."""
+    queue: Any = getattr(executor, "_call_queue", None)
+    if queue is not None:
+        queue._reader.close()
 
 
 _of_this_process: list[BatchEncoder] = []

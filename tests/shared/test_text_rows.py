@@ -238,6 +238,58 @@ def test_a_process_that_dies_is_an_error_and_not_a_hang(tokenizer, tmp_path):
             list(rows)
 
 
+KILLED_READERS = """
+import os
+import signal
+import sys
+import time
+from itertools import islice
+import transformers
+from shared.errors import LogitferryError
+from shared.layout import Chat
+from shared.records import Record
+from shared.text_config import TextSettings
+from shared.text_rows import ENCODE_BATCH_RECORDS, Tally, TextRows
+
+if __name__ == "__main__":
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 50}]
+    records = (
+        Record(sample_id=f"{n:01000}", source="f", content=Chat(messages=turns), where="f:1") for n in range(10**6)
+    )
+    with TextRows(tokenizer, TextSettings(files=["-"], processes=2)) as text:
+        rows = text.rows(records, Tally())
+        next(rows)
+        time.sleep(2)  # what is under way arrives
+        workers = list(text._pool._executor._processes)
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        list(islice(rows, 2 * ENCODE_BATCH_RECORDS))
+        time.sleep(1)  # a new batch, larger than what a pipe holds, is under way to them
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        try:
+            list(rows)
+        except LogitferryError as error:
+            print(error)
+"""
+
+
+@pytest.mark.cluster
+def test_processes_that_die_while_a_batch_is_on_its_way_to_them_are_no_hang(tmp_path, teacher_folder):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_READERS)
+    done = subprocess.run(
+        [sys.executable, str(script), str(teacher_folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert "a process that tokenizes died" in done.stdout, done.stderr
+
+
 def test_a_chat_template_file_takes_the_place_of_the_tokenizers(tokenizer, chats, tmp_path):
     before = tokenizer.chat_template
     template = tmp_path / "other.jinja"
