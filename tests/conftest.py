@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Processes that tests start are compared bit by bit with what happens here, and sums depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 from typing import Any
