@@ -140,7 +140,8 @@ def test_a_unit_that_kills_every_replica_ends_the_run(
 ):
     monkeypatch.setattr(ray_pool, "Replica", Deadly)
     monkeypatch.setattr(ray_pool, "DEATHS", 2)
-    with pytest.raises(LogitferryError, match=r"2 replicas died over unit [01]: "):
+    # Two replicas have two units in hand each; whose second death is told first is chance.
+    with pytest.raises(LogitferryError, match=r"2 replicas died over unit [0-3]: "):
         run_dump(dump_settings(teacher_folder, chats, tmp_path / "out"), launcher="ray")
 
 
