@@ -5,6 +5,7 @@
 #   make test-vllm    the real vLLM on the CPU, in an environment of its own, kept by the digest of constraints-vllm.txt
 #   make check        ruff, pyright and the fast tests
 #   make test-full    the long matrices as well
+#   make docs         a page for every public function, in build/docs
 #   make bench-codec  how small a dataset is and how fast; ARGS="--logits FILE.npz" for a real teacher's
 #   make bench-dump   positions per second into a sealed dataset, by vLLM and transformers, beside the bare engines
 #   make bench-loss   what the loss costs in time and memory beside rivals; ARGS="--shape N,D,V,dtype" for another size
@@ -24,7 +25,7 @@ CACHE := $(or $(XDG_CACHE_HOME),$(if $(HOME),$(HOME),$(CURDIR))/.cache)/logitfer
 VLLM_VENV := $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-16)
 VLLM_PYTHON := PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
-.PHONY: quickstart test test-cluster test-vllm bench-dump bench-kills check lint test-full bench-codec bench-loss bench-loader bench-resume bench-train bench-sampling bench-text install clean
+.PHONY: quickstart test test-cluster test-vllm bench-dump bench-kills check lint test-full bench-codec bench-loss bench-loader bench-resume bench-train bench-sampling bench-text docs install clean
 
 install: $(VENV)/installed
 
@@ -86,6 +87,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pdoc shared student_train teacher_dump --output-directory build/docs --footer-text logitferry
 
 check: lint test
 

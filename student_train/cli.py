@@ -20,6 +20,7 @@ from shared.cli import (
     stop_after,
     stop_after_option,
 )
+from shared.config import load_settings
 from shared.workers import Share
 from student_train.config import TrainSettings
 from student_train.eval.config import EvalSettings
@@ -44,14 +45,22 @@ def cli() -> None:
 @click.option("--tokenizer", help="Where it is not the student's own.")
 @click.option("--output", default="my-student", show_default=True, help="Folder of the run.")
 @click.argument("config", type=click.Path(path_type=Path), default=Path("train.yaml"))
+@json_option
 def init_verb(
-    model: str, dataset: str | None, files: tuple[str, ...], tokenizer: str | None, output: str, config: Path
+    model: str,
+    dataset: str | None,
+    files: tuple[str, ...],
+    tokenizer: str | None,
+    output: str,
+    config: Path,
+    as_json: bool,
 ) -> None:
     """Write a commented CONFIG (train.yaml) for a student and what it learns from."""
     from student_train.init import write_config
 
     lines = write_config(config, model=model, dataset=dataset, files=list(files), output=output, tokenizer=tokenizer)
-    click.echo("\n".join(lines))
+    settings = load_settings(TrainSettings, config).model_dump(mode="json") if as_json else {}
+    emit({"config": str(config), "settings": settings}, lines, as_json=as_json)
 
 
 @cli.command("doctor")

@@ -40,14 +40,22 @@ def cli() -> None:
 @click.option("--engine", type=click.Choice(["transformers", "vllm"]), help="By default what this machine has.")
 @click.option("--output", default="my-dump", show_default=True, help="Folder of the dataset.")
 @click.argument("config", type=click.Path(path_type=Path), default=Path("dump.yaml"))
+@json_option
 def init_verb(
-    model: str, files: tuple[str, ...], tokenizer: str | None, engine: str | None, output: str, config: Path
+    model: str,
+    files: tuple[str, ...],
+    tokenizer: str | None,
+    engine: str | None,
+    output: str,
+    config: Path,
+    as_json: bool,
 ) -> None:
     """Write a commented CONFIG (dump.yaml) for a teacher and some text."""
     from teacher_dump.init import write_config
 
     lines = write_config(config, model=model, files=list(files), output=output, engine=engine, tokenizer=tokenizer)
-    click.echo("\n".join(lines))
+    settings = load_settings(DumpSettings, config).model_dump(mode="json") if as_json else {}
+    emit({"config": str(config), "settings": settings}, lines, as_json=as_json)
 
 
 @cli.command("doctor")

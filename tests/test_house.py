@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -164,15 +165,51 @@ def test_house_keeps_files_small_and_says_what_each_is_for():
     assert not silent
 
 
-def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     built = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("logitferry-*.whl")
+    (found,) = folder.glob("logitferry-*.whl")
+    return found
+
+
+def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert "shared/FORMAT.md" in names
+
+
+def test_an_installed_wheel_runs_its_commands_anywhere_also_beside_a_folder_named_shared(wheel, tmp_path):
+    """In an environment of its own: of this one it sees the libraries, and not the checkout."""
+    environment, elsewhere = tmp_path / "venv", tmp_path / "elsewhere"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=120)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    libraries = sysconfig.get_paths()["purelib"]  # its .pth files, an editable install's among them, are not read
+    (packages / "libraries.pth").write_text(libraries)
+    pip = [sys.executable, "-m", "pip", "--python", environment / "bin/python"]
+    options = ["--no-index", "--no-deps", "--ignore-installed", "--quiet"]
+    subprocess.run([*pip, "install", *options, wheel], check=True, timeout=120)
+    (elsewhere / "shared").mkdir(parents=True)
+    (elsewhere / "shared/__init__.py").write_text("raise RuntimeError('a stranger')")
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [environment / "bin" / command[0], *command[1:]],
+            cwd=elsewhere, env=variables, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+
+    for command in ("logit-shards", "teacher-dump", "student-train"):
+        for option in ("--version", "--help"):
+            done = run(command, option)
+            assert done.returncode == 0, done.stderr
+    where = run("python", "-c", "import sys; sys.path.pop(0); import shared; print(shared.__file__)")
+    assert where.stdout.startswith(str(environment)), where
+    golden = ROOT / "tests/golden/v1-topk"
+    assert json.loads(run("logit-shards", "verify", str(golden), "--json").stdout)

@@ -117,6 +117,12 @@ def test_cli_answers_help_and_version(run, name):
     assert "--json" in output
 
 
+@pytest.mark.parametrize("command", [logit_shards.cli, teacher_dump.cli.cli, student_train.cli.cli])
+def test_cli_answers_programs_at_every_verb(command):
+    for name, verb in command.commands.items():
+        assert "--json" in [option for each in verb.params for option in each.opts], name
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_cli_shows_its_help_where_no_verb_is_given(run, name):
     main, verb = COMMANDS[name]

@@ -1,6 +1,6 @@
 """Readers that know nothing of us see the values that our reader sees, every one of them.
 
-And what the README says about them is run as it stands there.
+And what the guide says about them is run as it stands there.
 """
 
 import re
@@ -20,7 +20,7 @@ from shared.dataset import LogitDataset
 from shared.rows import LogitRow
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "shared/DATASET.md"
 
 
 @pytest.fixture(scope="module", params=["topk", "threshold"])
@@ -97,11 +97,11 @@ def test_every_value_agrees_with_our_reader(
 def test_what_the_readme_says_about_other_readers_is_true(
     dataset: LogitDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    section = README.read_text(encoding="utf-8").split("## Reading the dataset without us")[1].split("\n## ")[0]
+    section = GUIDE.read_text(encoding="utf-8").split("## Reading the dataset without us")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     assert all(name in "".join(blocks) for name in ("duckdb", "polars", "load_dataset"))
     monkeypatch.chdir(dataset.folder.parent)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(dataset.folder.parent / "readme-cache"))
     for block in blocks:
-        exec(compile(block, str(README), "exec"), {})
+        exec(compile(block, str(GUIDE), "exec"), {})
     assert "positions" in capsys.readouterr().out
