@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -29,6 +29,8 @@ class Selection:
     first: int = 0
     count: int = 1
     sample_id: str | None = None
+    worst_first: bool = False
+    """In order of their most surprising tokens; a dataset's alone."""
 
     def picks(self, things: Iterable[tuple[str | None, Thing]]) -> Iterator[Thing]:
         """Those that are meant, in order; each comes with its sample id.  Reads no further than it must."""
@@ -45,7 +47,11 @@ class Inspected(Protocol):
     """Those that a dataset declares; text has none."""
 
     def rows(self, selection: Selection) -> Iterator[tuple[Row, str]]:
-        """The selected rows with their places."""
+        """The selected rows with their places.
+
+        Raises:
+            ConfigError: the worst of text.
+        """
         ...
 
     def summary(self) -> str:
@@ -62,13 +68,27 @@ class InspectedDataset:
         self.temperatures: Sequence[float] = self._dataset.manifest.temperatures
 
     def rows(self, selection: Selection) -> Iterator[tuple[Row, str]]:
-        ids = self._dataset.sample_ids()
-        places = ((name, (shard, row)) for shard, names in enumerate(ids) for row, name in enumerate(names))
-        rows, opened = [], -1
-        for shard, row in selection.picks(places):
-            if shard != opened:
-                rows, opened = self._dataset.read_shard(shard), shard
-            yield rows[row], f"{self._dataset.manifest.shards[shard].path}[{row}]"
+        places = self._worst_places() if selection.worst_first else self._places()
+        picked = list(selection.picks(places))
+        found: dict[tuple[int, int], Row] = {}
+        for shard, of_shard in groupby(sorted(picked), key=lambda place: place[0]):
+            rows = self._dataset.read_shard(shard)
+            found |= {(shard, row): rows[row] for _, row in of_shard}
+        for shard, row in picked:
+            yield found[shard, row], f"{self._dataset.manifest.shards[shard].path}[{row}]"
+
+    def _places(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        for shard, names in enumerate(self._dataset.sample_ids()):
+            for row, name in enumerate(names):
+                yield name, (shard, row)
+
+    def _worst_places(self) -> list[tuple[str, tuple[int, int]]]:
+        """Reads everything."""
+        found = []
+        for shard in range(len(self._dataset.manifest.shards)):
+            for number, row in enumerate(self._dataset.read_shard(shard)):
+                found.append((float(row.teacher.realised_logp_P.min()), row.sample_id, (shard, number)))
+        return [(name, place) for _, name, place in sorted(found)]
 
     def summary(self) -> str:
         info = self._dataset.info()
@@ -94,6 +114,8 @@ class InspectedText:
     def rows(self, selection: Selection) -> Iterator[tuple[Row, str]]:
         from shared.text_rows import Tally
 
+        if selection.worst_first:
+            raise ConfigError("--worst is for a dataset: of text no teacher has said anything yet")
         records = selection.picks((_name_of(record), record) for record in self._reader.records())
         for record in records:
             for row in self._few.rows([record], Tally()):

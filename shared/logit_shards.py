@@ -141,6 +141,7 @@ def _read_lines(path: Path) -> list[str]:
 )
 @click.option("--count", default=1, show_default=True, type=click.IntRange(min=1), help="How many rows to show.")
 @click.option("--id", "sample_id", help="Show the row with this sample id instead.")
+@click.option("--worst", is_flag=True, help="Of all rows of a dataset, those with the most surprising tokens first.")
 @click.option("--tokens", is_flag=True, help="One line for each token; of a dataset also what the teacher said.")
 @click.option("--at", metavar="T", type=int, help="All that the teacher said about token T of each row.")
 @click.option("--all", "read_all", is_flag=True, help="Read everything and say what becomes of it.")
@@ -154,6 +155,7 @@ def inspect_command(
     row: int,
     count: int,
     sample_id: str | None,
+    worst: bool,
     tokens: bool,
     at: int | None,
     read_all: bool,
@@ -167,7 +169,7 @@ def inspect_command(
     """
     inspected = open_inspected(path, tokenizer, overrides)
     inspector = Inspector(inspected.tokenizer, inspected.temperatures)
-    shown = list(inspected.rows(Selection(first=row, count=count, sample_id=sample_id)))
+    shown = list(inspected.rows(Selection(first=row, count=count, sample_id=sample_id, worst_first=worst)))
     if not shown and not read_all:
         wanted = f"sample id {sample_id!r}" if sample_id else f"number {row}"
         raise ConfigError(

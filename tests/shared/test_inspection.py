@@ -137,6 +137,19 @@ def test_inspect_shows_what_the_teacher_said(inspect, folder):
     assert table.count("●") == row.num_positions
 
 
+def test_inspect_finds_the_rows_that_surprised_the_teacher_most(inspect, folder):
+    dataset = LogitDataset.open(folder / "dump")
+    rows = [row for shard in range(len(dataset.manifest.shards)) for row in dataset.read_shard(shard)]
+    assert len(dataset.manifest.shards) > 1
+    worst = sorted(rows, key=lambda row: row.teacher.realised_logp_P.min())
+    code, output, _ = inspect(folder / "dump", "--worst", "--row", 1, "--count", 4, "--json")
+    assert code == 0
+    assert [row["sample_id"] for row in json.loads(output)["rows"]] == [row.sample_id for row in worst[1:5]]
+    code, _, errors = inspect(folder / "chats.jsonl", "--tokenizer", folder / "dump/tokenizer", "--worst")
+    assert code == 2
+    assert "--worst is for a dataset" in errors
+
+
 def test_inspect_reads_everything_where_it_is_told_to(inspect, folder, teacher_folder):
     code, output, _ = inspect(
         folder / "dump.yaml", "--all", "--set", "data.max_tokens=130", "--set", "data.on_too_long=drop"
