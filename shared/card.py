@@ -19,10 +19,10 @@ KEPT_BELOW = "<!-- What is written below this line is kept when the card is writ
 MAX_CARD_BYTES = 1 << 20
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 READING = """## Reading it
-Plain Parquet; with `folder` a copy of this dataset, such as `logit-shards pull` makes it:
+Plain Parquet; `folder` is a copy of this dataset, such as `logit-shards pull` makes:
 
 ```python
-folder = "."
+folder = "my-dataset"
 
 import datasets
 
@@ -31,7 +31,7 @@ print(row["kept_ids"][0], row["kept_logprobs"][0])  # at the first supervised to
 ```
 
 ```python
-folder = "."
+folder = "my-dataset"
 
 import duckdb
 
@@ -39,7 +39,7 @@ print(duckdb.sql(f"SELECT source, count(*) AS rows FROM '{folder}/data/*.parquet
 ```
 
 ```python
-folder = "."
+folder = "my-dataset"
 
 import polars
 
@@ -47,7 +47,7 @@ print(polars.read_parquet(f"{folder}/data/*.parquet").select("sample_id", polars
 ```
 
 ```python
-folder = "."
+folder = "my-dataset"
 
 from shared.dataset import LogitDataset  # of logitferry: every byte is compared with its digest
 

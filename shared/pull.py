@@ -11,6 +11,7 @@ pulled.
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,8 @@ from shared.card import dataset_card
 from shared.dataset import CARD_NAME, LogitDataset, read_manifest_at
 from shared.dataset_cache import COPY_AGAIN, LOCKS_FOLDER, Origin
 from shared.errors import ConfigError, DamagedShardError, MismatchError
-from shared.files import claim_folder, sha256_of_bytes, write_atomically
-from shared.folders import LocalFolder, open_folder
+from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_bytes, write_atomically
+from shared.folders import open_folder
 from shared.manifest import MANIFEST_NAME, Event, Manifest, Shard, parse_manifest
 from shared.reseal import seal_anew
 from shared.shard_reader import checked_bytes, tables_of
@@ -34,6 +35,8 @@ from shared.verification import verify
 
 MARKER = ".pulling.json"
 OTHER_FOLDER = "give another folder, or delete this one"
+
+RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 OnFile = Callable[[], None]
 
@@ -107,12 +110,12 @@ def some_shards(manifest: Manifest, said: str) -> Part:
     """
     count, wanted = len(manifest.shards), set[int]()
     for each in said.split(","):
-        first, _, last = each.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+        if not (found := RANGE.fullmatch(each.strip())):
             raise ConfigError(f"--shards {said!r}: expected numbers such as 0-3,7")
-        if int(last or first) >= count:
+        first, last = int(found[1]), int(found[2] or found[1])
+        if not first <= last < count:
             raise ConfigError(f"--shards {said!r}: there are {count} shards, from 0 to {count - 1}")
-        wanted |= set(range(int(first), int(last or first) + 1))
+        wanted |= set(range(first, last + 1))
     return Part(said=f"shards {said} of {count}", shards=tuple(sorted(wanted)))
 
 
@@ -236,9 +239,10 @@ def _marked(source: Source, part: Part | None) -> Iterator[None]:
     if path.exists() and path.read_bytes() != marker:
         raise MismatchError(f"{output} holds a part of something else that was to be pulled", next_step=OTHER_FOLDER)
     write_atomically(path, marker)
+    for left in output.rglob(f"{TEMPORARY_PREFIX}*"):  # by those who were killed
+        left.unlink(missing_ok=True)
     yield
     path.unlink()
-    LocalFolder(output).sweep("*", older_than_s=0)  # of those who were killed
     shutil.rmtree(output / LOCKS_FOLDER, ignore_errors=True)
 
 

@@ -2,8 +2,9 @@
 commits, LFS objects, private repositories and a token.
 
 It speaks what a client without xet needs: create a repository, look at it, its tree, preupload, LFS batch and upload,
-commit, and resolve with ranges, etags and the headers that name a commit.  It refuses what the Hub refuses: a content that
-has not the digest it is sent as, a commit of an object that nobody uploaded, a private repository without the token.
+commit, and resolve with ranges, etags and the headers that name a commit.  It refuses what the Hub refuses: a content
+that has not the digest it is sent as, a commit of an object that nobody uploaded, a private repository without the
+token.
 """
 
 import base64
@@ -273,7 +274,7 @@ def git_sha(data: bytes) -> str:
 
 @contextmanager
 def hub_server() -> Iterator[Hub]:
-    """In a thread of this process, so that a test sees and changes what it holds; clients are processes of their own."""
+    """In a thread of this process, so that a test sees and changes what it holds; clients are their own processes."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
