@@ -10,6 +10,7 @@ without reading it back.  Reading goes through fsspec, as for any URL.
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Collection
 from typing import Any
@@ -18,6 +19,8 @@ from shared.destination import SEND_AGAIN, is_hidden
 from shared.errors import ConfigError, DamagedDataError, MismatchError
 from shared.files import sha256_of_bytes
 from shared.folders import open_folder, told
+
+logger = logging.getLogger("logitferry")
 
 HUB_URL = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<branch>[^/]+))?/?")
 COMMIT_FILES = 100
@@ -54,6 +57,8 @@ class HubDestination:
                 f"{self.name} is public: everybody would see the dataset",
                 next_step="--public says that this is meant; else make the repository private, or take another name",
             )
+        if private and public:
+            logger.warning("%s was there and stays private; its settings on the Hub change that", self.name)
         self._there = self._digests(None)
         self._waiting: dict[str, Any] = {}
         self._sent: dict[str, set[str]] = {}

@@ -7,7 +7,7 @@ what lies there: interrupted at any point, run it again.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,7 +69,8 @@ def push(
     done = Pushed(destination=destination.name, identity=sha256_of_bytes(manifest_data))
     there = destination.paths()
     is_same = MANIFEST_NAME in there and destination.read(MANIFEST_NAME) == manifest_data
-    whole = {path for path, data in _files(dataset) if path in there and destination.holds(path, data)}
+    paths = _paths(dataset)
+    whole = {path for path in paths if path in there and destination.holds(path, _checked(dataset, path))}
     stale: set[str] = set()
     if not is_same:
         stale = _what_is_in_the_way(dataset, destination, there - whole)
@@ -79,14 +80,14 @@ def push(
             )
         if MANIFEST_NAME in there:
             destination.remove([MANIFEST_NAME])  # from now on it is no dataset
-    for path, data in _files(dataset):
+    for path in paths:
         if path in whole:
             done.kept += 1
         else:
-            destination.put(path, data)
+            destination.put(path, data := _checked(dataset, path))
             done.sent, done.sent_bytes = done.sent + 1, done.sent_bytes + len(data)
         on_file()
-    gone = sorted(stale - set(_paths(dataset)) - {MANIFEST_NAME})
+    gone = sorted(stale - set(paths) - {MANIFEST_NAME})
     destination.remove(gone)
     done.removed = len(gone)
     if not is_same:
@@ -130,11 +131,6 @@ def _paths(dataset: LogitDataset) -> dict[str, str]:
     """The digest of every file but the manifest, shards first."""
     manifest = dataset.manifest
     return {shard.path: shard.sha256 for shard in manifest.shards} | manifest.files
-
-
-def _files(dataset: LogitDataset) -> Iterator[tuple[str, bytes]]:
-    for path in _paths(dataset):
-        yield path, _checked(dataset, path)
 
 
 def _checked(dataset: LogitDataset, path: str) -> bytes:

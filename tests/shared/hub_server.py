@@ -49,6 +49,7 @@ class Hub:
         self.downloads: list[str] = []
         self.on_upload: Callable[[], None] = lambda: None
         self.on_download: Callable[[], None] = lambda: None
+        self.on_commit: Callable[[dict[str, Any]], object] = lambda files: None
         self.endpoint = ""
 
     def files(self, repo: str) -> dict[str, bytes]:
@@ -223,6 +224,7 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = value["oid"]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
+        self.hub.on_commit(files)
         oid = repo.add(files)
         url = f"{self.hub.endpoint}/datasets/{name}/commit/{oid}"
         return self.send(200, {"commitUrl": url, "commitOid": oid})

@@ -183,6 +183,38 @@ def test_another_dataset_is_replaced_at_once_and_only_where_that_is_said(
     assert len(hub.repos["org/name"].commits) == 3, "nobody sees half of both"
 
 
+@pytest.mark.cluster
+@pytest.mark.parametrize("path", ["data/part-00001.parquet", "README.md"])
+def test_what_the_hub_did_not_take_as_it_was_sent_is_told(path: str, hub: Hub, local: LogitDataset, run: Run):
+    hub.on_commit = lambda files: files.update({path: b"something else"})
+    failed = run("push", local.folder, URL)
+    assert failed.returncode == 3
+    assert f"{URL}/{path}: the Hub says" in failed.stderr
+    hub.on_commit = lambda files: files.pop(path)
+    assert "the Hub says that it has no such file" in run("push", local.folder, URL).stderr
+    hub.on_commit = lambda files: None
+    assert run("push", local.folder, URL).returncode == 0
+    assert hub.files("org/name") == files_of(local.folder)
+
+
+LOAD = """
+import datasets
+rows = datasets.load_dataset("org/name", split="train")
+print(len(rows), sorted(rows[0])[:2])
+"""
+
+
+@pytest.mark.cluster
+def test_datasets_loads_it_from_the_hub_by_its_name(
+    hub: Hub, local: LogitDataset, run: Run, environment: dict[str, str]
+):
+    assert run("push", local.folder, URL).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == "12 ['entropy', 'input_ids']\n", done.stderr
+
+
 IN_SMALL_COMMITS = """
 import sys
 import shared.hub
