@@ -98,7 +98,7 @@ class Origin:
                     f"{self.remote.name}/{path}: damaged: expected sha256 {sha256[:16]}…, got {got[:16]}…",
                     next_step=COPY_AGAIN,
                 )
-            write_atomically(local, data, aside=self.local)  # what is cut there lies beside data, not among it
+            write_atomically(local, data)
             return True
 
     def read(self, path: str) -> bytes:

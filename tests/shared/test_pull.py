@@ -166,6 +166,9 @@ def test_a_share_is_that_many_rows(share: float, rows: int, made: LogitDataset, 
     wanted = {row.sample_id: row for row in rows_of(made)}
     assert part.manifest.total("rows") == rows == len(rows_of(part))
     assert_same_rows(rows_of(part), [wanted[row.sample_id] for row in rows_of(part)])
+    taken = {row.sample_id for row in rows_of(part)}
+    for ids in made.sample_ids():
+        assert taken & set(ids) == set(ids[: len(taken & set(ids))]), "the first rows of a shard"
     assert part.manifest.total("positions") == sum(row.num_positions for row in rows_of(part))
 
 
