@@ -21,6 +21,7 @@ from shared.shard_reader import names_in, read_names, read_outlines, read_row_gr
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FOLDER = "data"
 CARD_NAME = "README.md"
+FIND = "check the name, and whether HF_TOKEN lets you read it; or finish its push: run the same command again there"
 COPY_TOKENIZER = "copy the tokenizer folder from where the dataset came from"
 
 
@@ -51,11 +52,12 @@ class LogitDataset:
         remote = open_folder(str(folder))
         if isinstance(remote, LocalFolder):
             return LogitDataset(folder=remote.path, manifest=read_manifest(remote.path))
-        data = _read_manifest_at(remote)
+        data = read_manifest_at(remote)
         manifest = parse_manifest(data, f"{remote.name}/{MANIFEST_NAME}")
         origin = Origin.of(remote, data, cache)
         for path, sha256 in manifest.files.items():
-            origin.provide(path, sha256)
+            if path != CARD_NAME:  # which may have been written anew since
+                origin.provide(path, sha256)
         return LogitDataset(folder=origin.local, manifest=manifest, origin=origin)
 
     @staticmethod
@@ -68,7 +70,7 @@ class LogitDataset:
         if not isinstance(open_folder(folder), LocalFolder):
             raise ConfigError(
                 f"dataset {folder}: for this it has to be on this machine",
-                next_step="copy it here first, whole: its digests will be compared",
+                next_step=f"copy it here first: logit-shards pull {folder} FOLDER",
             )
         return LogitDataset.open(folder)
 
@@ -148,15 +150,22 @@ def read_info(url: str) -> dict[str, Any]:
     folder = open_folder(url)
     if isinstance(folder, LocalFolder):
         return LogitDataset.open(folder.path).info()
-    data = _read_manifest_at(folder)
+    data = read_manifest_at(folder)
     return manifest_info(parse_manifest(data, f"{url}/{MANIFEST_NAME}"), sha256_of_bytes(data))
 
 
-def _read_manifest_at(folder: Folder) -> bytes:
+def read_manifest_at(folder: Folder) -> bytes:
+    """The bytes of the manifest in a folder anywhere.
+
+    Raises:
+        UnsealedDatasetError: it has none, or is not there, or is shown to others alone.
+        OutputError: it cannot be reached.
+    """
     try:
         return folder.read(MANIFEST_NAME)
     except FileNotFoundError:
-        raise UnsealedDatasetError(UNSEALED.format(folder.name), next_step=FINISH) from None
+        step = FIND if folder.name.startswith("hf://") else FINISH
+        raise UnsealedDatasetError(UNSEALED.format(folder.name), next_step=step) from None
 
 
 def manifest_info(manifest: Manifest, identity: str) -> dict[str, Any]:

@@ -51,14 +51,14 @@ class Origin:
         origin._keep(MANIFEST_NAME, sha256_of_bytes(manifest), manifest)
         return origin
 
-    def provide(self, path: str, sha256: str) -> None:
-        """See to it that a file lies in the local folder with this digest.
+    def provide(self, path: str, sha256: str) -> bool:
+        """See to it that a file lies in the local folder with this digest.  Returns whether it had to be fetched.
 
         Raises:
             DamagedShardError: it is not there, or is another file, at the URL as well.
             OutputError: the URL cannot be reached, or there is no room.
         """
-        self._keep(path, sha256, None)
+        return self._keep(path, sha256, None)
 
     @contextmanager
     def opened(self, path: str) -> Iterator[BinaryIO]:
@@ -73,9 +73,9 @@ class Origin:
         except FileNotFoundError:
             raise self._missing(path) from None
 
-    def _keep(self, path: str, sha256: str, data: bytes | None) -> None:
+    def _keep(self, path: str, sha256: str, data: bytes | None) -> bool:
         try:
-            self._keep_in_turn(path, sha256, data)
+            return self._keep_in_turn(path, sha256, data)
         except LogitferryError:
             raise
         except OSError as error:
@@ -83,24 +83,31 @@ class Origin:
                 f"cache {self.local / path}: {error.strerror or error}", next_step="give another `cache`"
             ) from error
 
-    def _keep_in_turn(self, path: str, sha256: str, data: bytes | None) -> None:
+    def _keep_in_turn(self, path: str, sha256: str, data: bytes | None) -> bool:
         local = self.local / path
         if _is(local, sha256):
-            return
+            return False
         with self._locked(path):
             if _is(local, sha256):  # another process has seen to it
-                return
+                return False
             if local.exists():
                 logger.warning("%s is damaged and is fetched again", local)
-            data = self._fetched(path) if data is None else data
+            data = self.read(path) if data is None else data
             if (got := sha256_of_bytes(data)) != sha256:
                 raise DamagedShardError(
                     f"{self.remote.name}/{path}: damaged: expected sha256 {sha256[:16]}…, got {got[:16]}…",
                     next_step=COPY_AGAIN,
                 )
             write_atomically(local, data)
+            return True
 
-    def _fetched(self, path: str) -> bytes:
+    def read(self, path: str) -> bytes:
+        """A file at the URL, as it is there.
+
+        Raises:
+            DamagedShardError: it is not there.
+            OutputError: the URL cannot be reached.
+        """
         try:
             return self.remote.read(path)
         except FileNotFoundError:

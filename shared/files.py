@@ -102,9 +102,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def lies_within(folder: Path, path: Path) -> bool:
+    """Is `path`, all links followed, inside `folder`, or where the Hugging Face cache keeps what is in it?
+
+    There a snapshot of a repository is a folder of links: `snapshots/<commit>/data/x` to `blobs/<digest>` beside
+    `snapshots`.  No other place outside is let through, so that a dataset from elsewhere can't have us read any file.
+    """
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))  # which loops of links don't hurt
+    is_snapshot = home.parent.name == "snapshots"
+    return real.is_relative_to(home) or (is_snapshot and real.parent == home.parent.parent / "blobs")
+
+
 def why_no_file(folder: Path, path: Path) -> str | None:
     """What keeps `path` from being a file inside `folder`; None where nothing does.  Opens nothing that may block."""
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):  # which loops of links don't hurt
+    if not lies_within(folder, path):
         return "leads outside the dataset"
     try:
         mode = path.stat().st_mode

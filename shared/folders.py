@@ -31,6 +31,7 @@ from shared.files import (
     sync_folder,
     write_atomically,
 )
+from shared.masking import masked, require_no_secret
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "obs", "cos", "r2", "memory"}
 """Which have no folders to make; making one of their buckets is nothing to do in passing."""
@@ -93,11 +94,12 @@ def open_folder(url: str) -> Folder:
     """The folder at a path or fsspec URL, which need not exist yet.
 
     Raises:
-        ConfigError: nothing is known of such URLs, or the package that does is not installed.
+        ConfigError: nothing is known of such URLs, the package that does is not installed, or a secret is in it.
     """
+    require_no_secret(url)
     if "://" not in url and "::" not in url:
         return LocalFolder(Path(url))
-    with _told(url):
+    with told(url):
         fs, path = url_to_fs(url)
     if not isinstance(fs, LocalFileSystem) and set(url) & set(PATTERN_CHARACTERS):
         raise ConfigError(f"{url}: has one of {PATTERN_CHARACTERS} in it", next_step="give the folder a plain name")
@@ -187,7 +189,7 @@ class RemoteFolder:
         self._is_object_store = not OBJECT_STORES.isdisjoint(protocols)
 
     def claim(self, ours: Sequence[str]) -> None:
-        with _told(self.name):
+        with told(self.name):
             self._fs.invalidate_cache()
             names: set[str] = set()
             with suppress(FileNotFoundError):
@@ -205,29 +207,29 @@ class RemoteFolder:
         self.remove(probe)
 
     def files(self, below: str = "") -> list[str]:
-        with _told(self._where(below)):
+        with told(self._where(below)):
             self._fs.invalidate_cache()  # others write here as well
             with suppress(FileNotFoundError):
                 return sorted(posixpath.relpath(path, self._root) for path in self._fs.find(self._at(below)))
         return []
 
     def exists(self, path: str) -> bool:
-        with _told(self._where(path)):
+        with told(self._where(path)):
             self._fs.invalidate_cache()
             return self._fs.exists(self._at(path))
 
     def read(self, path: str) -> bytes:
-        with _told(self._where(path)):
+        with told(self._where(path)):
             return self._fs.cat_file(self._at(path))
 
     @contextmanager
     def opened(self, path: str) -> Iterator[BinaryIO]:
-        with _told(self._where(path)), cast(BinaryIO, self._fs.open(self._at(path), "rb")) as file:
+        with told(self._where(path)), cast(BinaryIO, self._fs.open(self._at(path), "rb")) as file:
             yield file
 
     def read_all(self, paths: Sequence[str]) -> list[bytes]:
         whole = [None] * len(paths)
-        with _told(self.name):
+        with told(self.name):
             found = self._fs.cat_ranges([self._at(path) for path in paths], whole, whole, on_error="raise")
             for each in found:
                 if isinstance(each, BaseException):  # earlier releases of fsspec give back what they should raise
@@ -235,7 +237,7 @@ class RemoteFolder:
             return found
 
     def sha256(self, path: str) -> str | None:
-        with _told(self._where(path)), suppress(FileNotFoundError):
+        with told(self._where(path)), suppress(FileNotFoundError):
             self._fs.invalidate_cache()
             with cast(BinaryIO, self._fs.open(self._at(path), "rb", cache_type="readahead")) as file:
                 return sha256_of_stream(file)
@@ -243,18 +245,19 @@ class RemoteFolder:
 
     def write(self, path: str, data: bytes | memoryview) -> None:
         try:
-            with _told(self._where(path)):
+            with told(self._where(path)):
                 if not self._is_object_store and (parent := posixpath.dirname(self._at(path))) not in self._made:
                     self._fs.makedirs(parent, exist_ok=True)
                     self._made.add(parent)
                 self._fs.pipe_file(self._at(path), bytes(data))
         except FileNotFoundError as error:  # of the bucket
             raise OutputError(
-                f"{self._where(path)} cannot be written: {error}", next_step="make the bucket or folder it lies in"
+                f"{self._where(path)} cannot be written: {masked(str(error))}",
+                next_step="make the bucket or folder it lies in",
             ) from None
 
     def remove(self, path: str) -> None:
-        with _told(self._where(path)):
+        with told(self._where(path)):
             self._fs.invalidate_cache()
             with suppress(FileNotFoundError):
                 self._fs.rm(self._at(path), recursive=True)
@@ -270,7 +273,7 @@ class RemoteFolder:
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
+def told(where: str) -> Iterator[None]:
     """File systems raise all kinds of exceptions for what they cannot reach; ours says where."""
     try:
         yield
@@ -279,9 +282,9 @@ def _told(where: str) -> Iterator[None]:
     except ImportError as error:
         raise ConfigError(f"{where}: {error}", next_step="pip install 'logitferry[hub]'") from error
     except ValueError as error:  # a protocol that nobody knows, credentials that are none
-        raise ConfigError(f"{where}: {error}", next_step="check the URL, and your access") from error
+        raise ConfigError(f"{where}: {masked(str(error))}", next_step="check the URL, and your access") from error
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        reason = masked(str(error)).strip() or type(error).__name__
         raise OutputError(
             f"{where} cannot be reached: {reason}", next_step="check your access, then run the same command again"
         ) from error

@@ -19,6 +19,7 @@ from shared.manifest import losses_line
 from shared.progress import progress
 from shared.reseal import filter_rows, merge, repair
 from shared.shard_reader import REPAIR
+from shared.sharing import SHARING
 from shared.verification import verify
 
 PICTURE_COLUMNS = 100
@@ -28,6 +29,10 @@ FILE_COLUMNS = 10_000  # elsewhere than on a terminal one line is one token, how
 @command_group("logit-shards", "Look into, check and hand on datasets of teacher log-probabilities.")
 def cli() -> None:
     pass
+
+
+for verb in SHARING:
+    cli.add_command(verb)
 
 
 @cli.command("info")

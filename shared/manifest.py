@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from shared import __version__
 from shared.config import Settings
 from shared.errors import ConfigError, DamagedManifestError, UnknownVersionError, UnsealedDatasetError
-from shared.files import write_atomically
+from shared.files import lies_within, write_atomically
 from shared.schema import RowFormat
 
 FORMAT_VERSION = 1
@@ -279,7 +279,7 @@ def _bytes_of(path: Path) -> bytes:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError("it is not a file")
-    if not path.resolve().is_relative_to(path.parent.resolve()):
+    if not lies_within(path.parent, path):
         raise OSError("it is a link that leads outside the dataset")
     if status.st_size > MAX_MANIFEST_BYTES:
         raise OSError(f"{status.st_size} bytes, at most {MAX_MANIFEST_BYTES} are allowed")

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from shared.card import dataset_card
+from shared.card import card_again, dataset_card, written_card
 from shared.dataset import CARD_NAME, COPY_TOKENIZER, LogitDataset, shard_path
 from shared.errors import ConfigError, DamagedDataError, MismatchError
 from shared.files import claim_folder, sha256_of_bytes, why_no_file, write_atomically
 from shared.fingerprint import require_same_tokenizer
+from shared.licences import Licences, joined, licences_in
 from shared.manifest import MANIFEST_NAME, UNSCORABLE_NAME, Event, Manifest, Shard, write_manifest
 from shared.shard_reader import checked_bytes, tables_of
 from shared.shard_writer import Storage, write_table
@@ -57,10 +58,11 @@ def merge(datasets: Sequence[LogitDataset], output: Path, on_shard: OnShard = la
     history = [event for dataset in datasets for event in dataset.manifest.history]
     event = Event(operation="merge", parents=[dataset.identity() for dataset in datasets])
     unscorable = [other_files(dataset).get(UNSCORABLE_NAME, b"") for dataset in datasets]
-    return _seal(
+    return seal_anew(
         output,
         first,
         {UNSCORABLE_NAME: b"".join(unscorable)} if any(unscorable) else {},
+        licences=joined([licences_in(written_card(dataset)) for dataset in datasets]),
         inputs=[each for dataset in datasets for each in dataset.manifest.inputs],
         shards=shards,
         unit_records=None,
@@ -120,7 +122,7 @@ def filter_rows(
         removed_sources=sorted(sources),
         reason=reason,
     )
-    return _seal(output, dataset, {}, shards=shards, unit_records=None, history=[*manifest.history, event])
+    return seal_anew(output, dataset, {}, shards=shards, unit_records=None, history=[*manifest.history, event])
 
 
 def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]:
@@ -157,7 +159,7 @@ def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]
         manifest = manifest.model_copy(update=changes)
     aside = folder.resolve().with_name(f"{folder.resolve().name}.set-aside-{dataset.identity()[:8]}")
     write_atomically(aside / MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes())
-    card = dataset_card(manifest).encode()
+    card = card_again(LogitDataset(folder=folder, manifest=manifest)).encode()
     write_atomically(folder / CARD_NAME, card)
     manifest = manifest.model_copy(update={"files": manifest.files | {CARD_NAME: sha256_of_bytes(card)}})
     write_manifest(folder, manifest)
@@ -237,13 +239,19 @@ def _copy(dataset: LogitDataset, shard: Shard, output: Path, number: int) -> Sha
     return copy
 
 
-def _seal(output: Path, origin: LogitDataset, more: dict[str, bytes], **changes: object) -> LogitDataset:
-    """The origin's other files, or `more` in their place, the card, and last of all the manifest."""
+def seal_anew(
+    output: Path, origin: LogitDataset, more: dict[str, bytes], *, licences: Licences | None = None, **changes: object
+) -> LogitDataset:
+    """The origin's other files, or `more` in their place, the card, and last of all the manifest, with `changes`.
+
+    Licences are the origin's unless others are given.
+    """
+    licences = licences or licences_in(written_card(origin))
     files = other_files(origin) | more
     for path, data in files.items():
         write_atomically(output / path, data)
     manifest = origin.manifest.model_copy(update=changes)
-    card = dataset_card(manifest).encode()
+    card = dataset_card(manifest, licences).encode()
     write_atomically(output / CARD_NAME, card)
     digests = {CARD_NAME: sha256_of_bytes(card)} | {path: sha256_of_bytes(data) for path, data in files.items()}
     write_manifest(output, Manifest.model_validate(manifest.model_copy(update={"files": digests}).model_dump()))

@@ -2,19 +2,18 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.dataset import LogitDataset, read_info
-from shared.folders import RemoteFolder, open_folder
+from shared.folders import open_folder
 from shared.verification import verify
 from shared.workers import Share
 from teacher_dump.dump import run_dump
@@ -22,6 +21,7 @@ from teacher_dump.ledger import Ledger
 from teacher_dump.status import status
 from tests.data import dump_settings
 from tests.killed import Steps, killed_at
+from tests.s3_server import Store, s3_server, traced_requests
 
 
 def as_local(files: dict[str, bytes], folder: Path) -> LogitDataset:
@@ -54,52 +54,10 @@ def test_a_dump_from_and_to_memory_is_the_one_of_this_machine(
     assert read_info(output)["identity"] == sealed.identity()
 
 
-class Store:
-    """A bucket, looked at without the library that writes to it."""
-
-    def __init__(self) -> None:
-        import boto3
-
-        self.client = boto3.client("s3")
-        self.client.create_bucket(Bucket="bucket")
-
-    def files(self, prefix: str) -> dict[str, bytes]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=f"{prefix}/")
-        found: dict[str, bytes] = {}
-        for key in [item["Key"] for page in pages for item in page.get("Contents", [])]:
-            with suppress(self.client.exceptions.NoSuchKey):  # removed since it was listed
-                found[key[len(prefix) + 1 :]] = self.client.get_object(Bucket="bucket", Key=key)["Body"].read()
-        return found
-
-    def open_uploads(self) -> list[str]:
-        return [each["Key"] for each in self.client.list_multipart_uploads(Bucket="bucket").get("Uploads", [])]
-
-
 @pytest.fixture(scope="module")
 def store() -> Iterator[Store]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.1)
-        yield Store()
-    server.kill()
-    server.wait()
+    with s3_server() as found:
+        yield found
 
 
 def settings_to(output: str, teacher: Path, chats: Path) -> Any:
@@ -112,26 +70,6 @@ def in_a_process(settings: Any, folder: Path, *arguments: str) -> subprocess.Pop
     config.write_text(settings.model_dump_json())
     command = [sys.executable, "-m", "teacher_dump", "run", str(config), "--json", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@contextmanager
-def traced_requests(steps: Steps) -> Iterator[None]:
-    """A step lies before and after everything that changes the store."""
-    write, remove = RemoteFolder.write, RemoteFolder.remove
-
-    def write_traced(self: RemoteFolder, path: str, data: Any) -> None:
-        with steps.around(f"write {path}"):
-            write(self, path, data)
-
-    def remove_traced(self: RemoteFolder, path: str) -> None:
-        with steps.around(f"remove {path}"):
-            remove(self, path)
-
-    RemoteFolder.write, RemoteFolder.remove = write_traced, remove_traced  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        RemoteFolder.write, RemoteFolder.remove = write, remove  # type: ignore[method-assign]
 
 
 @pytest.mark.cluster

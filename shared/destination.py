@@ -1,0 +1,93 @@
+"""Where a dataset is pushed to: a folder here or at an fsspec URL (see `shared.hub` for the Hugging Face Hub).
+
+A destination is asked for the digest of what lies there, so that nothing is sent twice and what arrived is compared.
+A folder can only say by being read back: each file costs a read, once when it was sent and once when it is found there.
+"""
+
+from collections.abc import Collection
+from typing import Protocol
+
+from shared.errors import DamagedDataError
+from shared.files import sha256_of_bytes
+from shared.folders import Folder
+
+SEND_AGAIN = "run the same command again: what arrived whole is not sent again"
+
+
+class Destination(Protocol):
+    """Raises OutputError for what cannot be reached or written."""
+
+    name: str
+    """What people call it: a path or URL."""
+
+    def paths(self) -> set[str]:
+        """All files there, but those of which a part of the path begins with a dot."""
+        ...
+
+    def has_dump(self) -> bool:
+        """Does a dump write there?"""
+        ...
+
+    def read(self, path: str) -> bytes:
+        """Raises FileNotFoundError."""
+        ...
+
+    def holds(self, path: str, data: bytes) -> bool:
+        """Does just this file lie there?"""
+        ...
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a file, over what is there; seen at once, or when it is settled.
+
+        Raises:
+            DamagedDataError: what arrived is something else.
+        """
+        ...
+
+    def remove(self, paths: Collection[str]) -> None:
+        """Take files away; seen at once, or when it is settled."""
+        ...
+
+    def settle(self) -> None:
+        """All that was put is there now.
+
+        Raises:
+            DamagedDataError: something else arrived.
+        """
+        ...
+
+
+class FolderDestination:
+    """See `Destination`."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder, self.name = folder, folder.name
+
+    def paths(self) -> set[str]:
+        return {path for path in self._folder.files() if not is_hidden(path)}
+
+    def has_dump(self) -> bool:
+        return bool(self._folder.files(".logitferry"))
+
+    def read(self, path: str) -> bytes:
+        return self._folder.read(path)
+
+    def holds(self, path: str, data: bytes) -> bool:
+        return self._folder.sha256(path) == sha256_of_bytes(data)
+
+    def put(self, path: str, data: bytes) -> None:
+        self._folder.write(path, data)
+        if not self.holds(path, data):
+            raise DamagedDataError(f"{self.name}/{path}: what lies there is not what was sent", next_step=SEND_AGAIN)
+
+    def remove(self, paths: Collection[str]) -> None:
+        for path in paths:
+            self._folder.remove(path)
+
+    def settle(self) -> None:
+        pass
+
+
+def is_hidden(path: str) -> bool:
+    """Is it no part of a dataset, such as .git and what a Hub keeps for itself?"""
+    return any(part.startswith(".") for part in path.split("/"))
