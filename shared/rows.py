@@ -116,7 +116,7 @@ class Positions:
         the tail is empty: the teacher is then taken for what it says of those ids.  Weights of a sample are dropped.
         """
         ids_E = new_ids_V[self.kept_ids_E]
-        if np.array_equal(ids_E, self.kept_ids_E):
+        if np.array_equal(ids_E, self.kept_ids_E) and not (self.kept_counts_P == num_ids).any():
             return self
         position_E = np.repeat(np.arange(self.num_positions), self.kept_counts_P)
         is_kept_E = ids_E >= 0

@@ -86,7 +86,7 @@ class DatasetSource:
     def at(self, temperature: float | None) -> "DatasetSource":
         if temperature is not None and self.is_sampled and self.vocabulary is not None and self.vocabulary.lacking:
             raise MismatchError(
-                f"{self.name} keeps a sample of ids, without a tail that could have the tokens which the student lacks: "
+                f"{self.name} keeps a sample of ids, without a tail that could have tokens which the student lacks: "
                 f"{self.vocabulary.line()}",
                 next_step="add them to the student (its tokenizer, and model.resize_token_embeddings), or dump with "
                 "keep.method: topk",
