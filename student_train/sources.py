@@ -231,7 +231,7 @@ def open_source(
         ConfigError: there is no row of a manner that is asked for.
         DamagedDataError: see `shared.dataset`.
         MismatchError: the student's vocabulary is smaller than its tokenizer; the dataset was made with another
-            tokenizer, or has rows that are too long.
+            tokenizer that is not to be mapped, or has rows that are too long or have tokens that the student lacks.
         RecordError: text that cannot become rows.
     """
     num_tokens = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)

@@ -8,7 +8,7 @@ are the same, and what the teacher gave to ids beyond the student's goes to the 
 1. both are BPE with the same options, normalizer and pre-tokenizer;
 2. the student's merges, in their order, are the dataset's merges that make a token which the student has;
 3. what the student has more are added tokens alone;
-4. an added token that both have takes the same white space with it.
+4. an added token that both have is found alike: with the white space around it, or as a whole word alone.
 
 A token is *common* where both have it with the same spelling, as an added token or as one of the BPE's.
 
@@ -214,7 +214,7 @@ def why_no_family(theirs: Tokenizer, ours: Tokenizer) -> str | None:
         return f"the student has {len(more):,} tokens more that are no added tokens{_some(more)}"
     for token, flags in _added(theirs).items():
         if added.get(token, flags) != flags:
-            return f"the added token {token!r} takes other white space with it"
+            return f"the added token {token!r} is found with other white space around it, or in other places"
     return None
 
 
@@ -256,7 +256,10 @@ def _merges(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def _added(tokenizer: Tokenizer) -> dict[str, tuple[bool, ...]]:
-    """Of each added token how it is found in a text."""
+    """Of each added token how it is found in a text.
+
+    `normalized` is left out: it matters for text alone that a normalizer turns into the token, and releases differ in it.
+    """
     tokens = tokenizer.get_added_tokens_decoder().values()
     return {token.content: (token.lstrip, token.rstrip, token.single_word) for token in tokens}
 

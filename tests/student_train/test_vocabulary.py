@@ -78,7 +78,7 @@ UNLIKE = {
     r"their normalizers differ": lambda tree: tree.update(normalizer={"type": "NFKC"}),
     r"their pre-tokenizers differ": lambda tree: tree["pre_tokenizer"].update(add_prefix_space=True),
     r"their options differ": lambda tree: tree["model"].update(ignore_merges=True),
-    r"the added token '<\|im_end\|>' takes other white space with it": take_space,
+    r"the added token '<\|im_end\|>' is found with other white space around it": take_space,
 }
 
 

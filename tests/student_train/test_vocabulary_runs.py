@@ -17,7 +17,7 @@ from shared.models_config import ModelSettings
 from shared.pretrained import load_tokenizer
 from student_train.data_config import DataSettings
 from student_train.doctor.examination import examine
-from student_train.estimate.estimation import estimate
+from student_train.estimate.rows import read_rows
 from student_train.eval.config import EvalSettings
 from student_train.eval.run import run_evaluation
 from student_train.rollout.config import RolloutSettings
@@ -325,8 +325,13 @@ def test_doctor_and_estimate_tell_of_the_mapping(toolless: Path, with_tools: Pat
     (refused,) = of("data", examine(settings(toolless, tmp_path / "out", data=data | {"map_vocabulary": True})))
     assert refused.verdict == "mend"
     assert "set map_vocabulary: drop" in str(refused.next_step)
-    told = estimate(settings(toolless, tmp_path / "out", data=data))
-    assert told is not None
+    tokenizer = load_tokenizer(ModelSettings(model=str(toolless)))
+    run = settings(toolless, tmp_path / "out", data=data)
+    estimated, _ = read_rows(run, tokenizer, vocab_size=303, context_tokens=512)
+    source = opened(toolless, **data)
+    read = [row for index in (0, 2) for row in source.read_block(index)]  # those that an estimate looks at
+    assert estimated.num_rows == 15
+    assert estimated.tokens_per_row == pytest.approx(sum(row.num_tokens for row in read) / len(read))
 
 
 def test_padding_alone_needs_no_setting_and_is_told(teacher: Path, plain: Path, tmp_path: Path):
