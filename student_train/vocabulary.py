@@ -258,7 +258,7 @@ def _merges(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
 def _added(tokenizer: Tokenizer) -> dict[str, tuple[bool, ...]]:
     """Of each added token how it is found in a text.
 
-    `normalized` is left out: it matters for text alone that a normalizer turns into the token, and releases differ in it.
+    `normalized` is left out: it matters for text alone that a normalizer turns into the token.
     """
     tokens = tokenizer.get_added_tokens_decoder().values()
     return {token.content: (token.lstrip, token.rstrip, token.single_word) for token in tokens}
