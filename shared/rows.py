@@ -108,26 +108,33 @@ class Positions:
             **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Positions)}
         )
 
-    def folded(self, vocab_size: int, temperatures: Sequence[float]) -> "Positions":
-        """Without the kept ids from `vocab_size` on: their mass moves to the tail, exactly, at every temperature.
+    def mapped(self, new_ids_V: Int32, num_ids: int, temperatures: Sequence[float]) -> "Positions":
+        """In the ids of another vocabulary of `num_ids`; below 0 in `new_ids_V` [V] is an id that it has not.
 
-        For a student whose vocabulary has less padding than the teacher's.
+        The mass of such kept ids moves to the tail, exactly, at every temperature: tail_T becomes the logaddexp of
+        tail_T and log p / T.  Where all ids of the new vocabulary are kept, nothing is left that could have it, and
+        the tail is empty: the teacher is then taken for what it says of those ids.  Weights of a sample are dropped.
         """
-        gone_E = self.kept_ids_E >= vocab_size
-        if not gone_E.any():
+        ids_E = new_ids_V[self.kept_ids_E]
+        if np.array_equal(ids_E, self.kept_ids_E) and not (self.kept_counts_P == num_ids).any():
             return self
         position_E = np.repeat(np.arange(self.num_positions), self.kept_counts_P)
+        is_kept_E = ids_E >= 0
         tail_PT = self.tail_logsum_PT.astype(np.float64)
+        gone_E, logp_E = position_E[~is_kept_E], self.kept_logp_E[~is_kept_E].astype(np.float64)
         for j, temperature in enumerate(temperatures):
-            np.logaddexp.at(
-                tail_PT[:, j], position_E[gone_E], self.kept_logp_E[gone_E].astype(np.float64) / temperature
-            )
-        return Positions(
-            kept_counts_P=np.bincount(position_E[~gone_E], minlength=self.num_positions).astype(np.int32),
-            kept_ids_E=self.kept_ids_E[~gone_E],
-            kept_logp_E=self.kept_logp_E[~gone_E],
-            realised_logp_P=self.realised_logp_P,
-            entropy_P=self.entropy_P,
+            np.logaddexp.at(tail_PT[:, j], gone_E, logp_E / temperature)
+        position_E, ids_E, logp_E = position_E[is_kept_E], ids_E[is_kept_E], self.kept_logp_E[is_kept_E]
+        if ((np.diff(ids_E) <= 0) & (np.diff(position_E) == 0)).any():
+            order_E = np.lexsort((ids_E, position_E))
+            ids_E, logp_E = ids_E[order_E], logp_E[order_E]
+        counts_P = np.bincount(position_E, minlength=self.num_positions).astype(np.int32)
+        tail_PT[counts_P == num_ids] = -np.inf
+        return replace(
+            self,
+            kept_counts_P=counts_P,
+            kept_ids_E=ids_E,
+            kept_logp_E=logp_E,
             tail_logsum_PT=tail_PT.astype(np.float32),
         )
 

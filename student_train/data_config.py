@@ -114,6 +114,9 @@ class SourceSettings(Settings):
     """Text files, for plain SFT without a teacher."""
     on_too_long: Literal["error", "drop", "truncate"] = "error"
     """What becomes of a dataset's rows that exceed the student's context; text has a setting of its own."""
+    map_vocabulary: bool | Literal["drop"] = False
+    """Take a dataset of another tokenizer of the student's family, and map ids by token; what the teacher gave to
+    tokens that the student lacks goes to the tail.  Rows whose text has such tokens are an error, or dropped."""
     manner: MannerSettings | None = None
     """Of the rows that are taken, held-out ones too; null takes all."""
     curriculum: CurriculumSettings | None = None
@@ -131,6 +134,8 @@ class SourceSettings(Settings):
             raise ValueError(self.ONE_SOURCE)
         if self.dataset is None and self.on_too_long != "error":
             raise ValueError("on_too_long is for a dataset's rows; for text say text.on_too_long")
+        if self.dataset is None and self.map_vocabulary:
+            raise ValueError("map_vocabulary is for a dataset's ids, and stands beside `dataset`")
         if self.text is not None and self.curriculum is not None and self.curriculum.asks_teacher:
             raise ValueError(f"difficulty: {self.curriculum.difficulty} is of a dataset's teacher, and text has none")
         return self

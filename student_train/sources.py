@@ -1,7 +1,8 @@
 """Where the student's rows come from: sealed datasets, or text files for plain SFT.
 
 Rows lie in blocks: the shards of a dataset, or equally long runs of text records.  Opening a source checks all that
-can be checked before training starts: tokenizer, vocabulary, context, and that there are rows.
+can be checked before training starts: tokenizer, vocabulary, context, and that there are rows.  What leaves a source
+has the student's ids, whatever the dataset's are; see `student_train.vocabulary`.
 """
 
 import logging
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 
 from shared.dataset import LogitDataset
 from shared.errors import DamagedDataError, MismatchError
-from shared.fingerprint import RowsDigest, require_same_tokenizer, sha256_of_json
+from shared.fingerprint import RowsDigest, sha256_of_json
 from shared.manifest import losses_line
 from shared.progress import progress
 from shared.records import RecordReader
@@ -31,31 +32,35 @@ from student_train.asked import as_asked
 from student_train.data_config import SourceSettings
 from student_train.facts import Facts
 from student_train.source_protocol import Manners, Source
+from student_train.vocabulary import FirstRows, Vocabulary, vocabulary_of
 
 logger = logging.getLogger("logitferry")
 
+UNKNOWN_TOKEN = "dropped_unknown_token"
 TEXT_BLOCK_RECORDS = 512  # the default unit of a dump, so that text and its dataset are shuffled alike
 READERS = 16  # of sample ids, which from afar are mostly waited for
+OUTLINE_READERS = 2
+LOOKED_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSource:
-    """A sealed dataset; a block is a shard, and is verified whenever it is read.
-
-    `vocab_size` is the student's.  Models of one tokenizer are padded to unlike sizes: what the teacher kept beyond
-    the student's vocabulary goes to the tail, and what the student has beyond the teacher's is in its tail anyway.
-    """
+    """A sealed dataset; a block is a shard, and is verified whenever it is read."""
 
     dataset: LogitDataset
     sample_ids: list[pa.StringArray]
-    vocab_size: int
+    vocabulary: Vocabulary | None = None
+    """Its ids in the student's vocabulary; None where they are the same.  What the student has beyond them is in the
+    student's own tail."""
+    mapped: FirstRows | None = None
+    """What was found of the first rows where they are mapped by token."""
     temperature: float | None = 1.0
     """That the teacher's tails are read at; None leaves the teacher out."""
     context_tokens: int | None = None
     """Longer rows are cut, or left out; None where there are none."""
     truncate: bool = False
     tally: dict[str, int] = field(default_factory=dict)
-    """What became of longer rows."""
+    """What became of longer rows, and of those with tokens that the student lacks."""
     taken: list[Int32] | None = None
     """Which of the rows of each block, as they were fitted, it has; None for all."""
     facts: Facts | None = field(default=None, repr=False)
@@ -79,13 +84,20 @@ class DatasetSource:
         return longest if self.context_tokens is None else min(longest, self.context_tokens)
 
     def at(self, temperature: float | None) -> "DatasetSource":
+        if temperature is not None and self.is_sampled and self.vocabulary is not None and self.vocabulary.lacking:
+            raise MismatchError(
+                f"{self.name} keeps a sample of ids, without a tail that could have tokens which the student lacks: "
+                f"{self.vocabulary.line()}",
+                next_step="add them to the student (its tokenizer, and model.resize_token_embeddings), or dump with "
+                "keep.method: topk",
+            )
         return replace(self, temperature=temperature)
 
     def read_block(self, index: int) -> Sequence[Row]:
-        return [self._read(row) for row in self._taken(index, self.fitted_block(index))]
+        return [self._read(row) for row in self._taken(index, self.fitted(self.dataset.read_shard(index)))]
 
     def read_outline(self, index: int) -> Sequence[Row]:
-        return self._taken(index, self._fitted(self.dataset.outlines(index)))
+        return self._taken(index, self.fitted(self.dataset.outlines(index)))
 
     def _taken(self, index: int, fitted: list[tuple[LogitRow | None, str | None]]) -> list[LogitRow]:
         rows = [row for row, _ in fitted if row is not None]
@@ -110,27 +122,42 @@ class DatasetSource:
         if self.temperature is None:
             return row.without_teacher()
         teacher, manifest = row.teacher, self.dataset.manifest
-        if self.vocab_size < manifest.vocab_size:
-            teacher = teacher.folded(self.vocab_size, manifest.row_format.tail_temperatures)
+        if self.vocabulary is not None:
+            teacher = self.vocabulary.teacher(teacher, manifest.row_format.tail_temperatures)
         if not self.is_sampled:
             teacher = teacher.at_temperature(manifest.temperatures.index(self.temperature))
         return replace(row, teacher=teacher)
 
-    def fitted_block(self, index: int) -> list[tuple[LogitRow | None, str | None]]:
-        """Every row of a block, or none where it does not fit, with the count that it goes under."""
-        return self._fitted(self.dataset.read_shard(index))
+    def fitted(self, rows: Sequence[LogitRow]) -> list[tuple[LogitRow | None, str | None]]:
+        """Every row of a block with the student's ids, or none where it does not fit, with the count it goes under."""
+        return [self._fitted(row) for row in rows]
 
-    def _fitted(self, rows: list[LogitRow]) -> list[tuple[LogitRow | None, str | None]]:
-        if self.context_tokens is None:
-            return [(row, None) for row in rows]
-        return [fitted(row, self.context_tokens, truncate=self.truncate) for row in rows]
+    def _fitted(self, row: LogitRow) -> tuple[LogitRow | None, str | None]:
+        whole, fate = row, None
+        if self.context_tokens is not None:
+            whole, fate = fitted(row, self.context_tokens, truncate=self.truncate)
+        if whole is None or self.vocabulary is None:
+            return whole, fate
+        mapped = self.vocabulary.row(whole)
+        if mapped is None and not self.vocabulary.lacking:  # nobody has looked for such rows: no text has them
+            raise MismatchError(
+                f"{self.name}: {self.vocabulary.first_unknown(whole)}, which is no token, and the student has no such",
+                next_step="take the row out: logit-shards filter",
+            )
+        return mapped, UNKNOWN_TOKEN if mapped is None else fate
 
     def identity(self) -> dict[str, Any]:
         cut = {} if self.context_tokens is None else {"context_tokens": self.context_tokens, "truncate": self.truncate}
-        return {"manifest_sha256": self.dataset.identity(), **cut}
+        own = self.vocabulary
+        mapped = {} if own is None or own.is_same_tokenizer else {"vocabulary_sha256": own.digest()}
+        return {"manifest_sha256": self.dataset.identity(), **cut, **mapped}
 
     def record(self) -> dict[str, Any]:
-        return {"dataset": self.dataset.name, **self.identity(), "tally": self.tally, **_counted(self.manners)}
+        vocabulary = {}
+        if self.vocabulary is not None and self.mapped is not None:
+            vocabulary = {"vocabulary": self.vocabulary.record() | {"first_rows": asdict(self.mapped)}}
+        known = {"dataset": self.dataset.name, **self.identity(), **vocabulary, "tally": self.tally}
+        return {**known, **_counted(self.manners)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +231,7 @@ def open_source(
         ConfigError: there is no row of a manner that is asked for.
         DamagedDataError: see `shared.dataset`.
         MismatchError: the student's vocabulary is smaller than its tokenizer; the dataset was made with another
-            tokenizer, or has rows that are too long.
+            tokenizer that is not to be mapped, or has rows that are too long or have tokens that the student lacks.
         RecordError: text that cannot become rows.
     """
     num_tokens = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
@@ -245,30 +272,76 @@ def _checked(
     manifest, name = dataset.manifest, dataset.name
     if manifest.missing:
         logger.warning("%s: %d damaged shards were taken out of it", name, len(manifest.missing))
-    require_same_tokenizer(dataset.tokenizer(), tokenizer, expected_name=f"the dataset {name}", got_name="the student")
+    is_mapped = bool(settings.map_vocabulary)
+    vocabulary = vocabulary_of(dataset, tokenizer, num_student_ids=vocab_size, is_mapped=is_mapped)
     with ThreadPoolExecutor(READERS if dataset.origin else 1) as readers:
         tables = list(readers.map(dataset.names, range(len(manifest.shards))))
     sample_ids = [table["sample_id"].combine_chunks() for table in tables]
     _require_unique(pa.chunked_array(sample_ids, pa.string()), name)
     longest = max((shard.longest_row for shard in manifest.shards), default=0)
-    if context_tokens is None or longest <= context_tokens:
-        return DatasetSource(dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size)
-    if settings.on_too_long == "error":
+    limit = None if context_tokens is None or longest <= context_tokens else context_tokens
+    if limit is not None and settings.on_too_long == "error":
         raise MismatchError(
             f"the student's context is {context_tokens}, but {name} has a row of {longest} tokens",
             next_step="set data.on_too_long: drop or truncate, which count such rows",
         )
-    truncate = settings.on_too_long == "truncate"
     source = DatasetSource(
-        dataset=dataset, sample_ids=sample_ids, vocab_size=vocab_size, context_tokens=context_tokens, truncate=truncate
+        dataset=dataset,
+        sample_ids=sample_ids,
+        vocabulary=vocabulary,
+        context_tokens=limit,
+        truncate=settings.on_too_long == "truncate",
     )
-    fates: Counter[str] = Counter()
-    for index, shard in enumerate(manifest.shards):
-        if shard.longest_row > context_tokens:
-            block = source.fitted_block(index)
-            sample_ids[index] = pa.array([row.sample_id for row, _ in block if row is not None], pa.string())
-            fates.update(fate for _, fate in block if fate is not None)
-    logger.info("%s: rows longer than %d tokens%s", name, context_tokens, losses_line(fates))
+    if vocabulary is not None:
+        logger.info("%s: %s", name, vocabulary.line())
+        if not vocabulary.is_same_tokenizer:
+            rows = dataset.read_shard(0)[:LOOKED_ROWS] if manifest.shards else []
+            mapped = FirstRows.of(rows, vocabulary, dataset.tokenizer(), tokenizer)
+            logger.info("%s: %s", name, mapped.line())
+            source = replace(source, mapped=mapped)
+    return _without_misfits(source, drops_unknown=settings.map_vocabulary == "drop")
+
+
+def _without_misfits(source: DatasetSource, *, drops_unknown: bool) -> DatasetSource:
+    """With the ids of those rows alone that fit; shards that may have others are read for it.
+
+    Raises:
+        MismatchError: a row has a token that the student lacks and is not to be dropped, or all of them have.
+    """
+    limit, own, shards = source.context_tokens, source.vocabulary, source.dataset.manifest.shards
+    lacks = own is not None and bool(own.lacking)
+    some = [index for index, shard in enumerate(shards) if lacks or (limit and shard.longest_row > limit)]
+    if not some:
+        return source
+    fates, first_unknown = Counter[str](), None
+    with progress("look at rows", len(some), "blocks") as ticker, ThreadPoolExecutor(OUTLINE_READERS) as readers:
+
+        def look(index: int) -> tuple[list[str], list[str], str | None]:
+            rows = source.dataset.outlines(index)
+            results = source.fitted(rows)
+            ticker.advance(1)
+            unknown = [row for row, (_, fate) in zip(rows, results, strict=True) if fate == UNKNOWN_TOKEN]
+            first = own.first_unknown(unknown[0]) if own is not None and unknown else None
+            return [row.sample_id for row, _ in results if row], [fate for _, fate in results if fate], first
+
+        try:
+            for index, (ids, found, first) in zip(some, readers.map(look, some), strict=True):
+                source.sample_ids[index] = pa.array(ids, pa.string())
+                fates.update(found)
+                first_unknown = first_unknown or first
+        except BaseException:
+            readers.shutdown(wait=False, cancel_futures=True)
+            raise
+    num_rows, num_left = source.dataset.manifest.total("rows"), sum(map(len, source.sample_ids))
+    if fates[UNKNOWN_TOKEN] and not (drops_unknown and num_left):
+        drop_them = "set map_vocabulary: drop, which drops such rows and counts them, or "
+        raise MismatchError(
+            f"{source.name}: {fates[UNKNOWN_TOKEN]:,} of {num_rows:,} rows have tokens that the student lacks, "
+            f"the first: {first_unknown}",
+            next_step=f"{'' if drops_unknown else drop_them}add the tokens to the student: its tokenizer, and "
+            "model.resize_token_embeddings",
+        )
+    logger.info("%s: %d of %d rows%s", source.name, num_left, num_rows, losses_line(fates))
     return replace(source, tally=dict(fates))
 
 

@@ -87,14 +87,30 @@ def _open(of: SourceSettings, data: DataSettings, settings: TrainSettings, opene
     manifest = source.dataset.manifest
     limit = f"{context:,}" if context else "any number of"
     temperatures = ", ".join(f"{each:g}" for each in manifest.temperatures) or "none"
+    tokenizer = "this tokenizer" if source.mapped is None else "another tokenizer of this family"
     found = (
-        f"{source.name}: {manifest.total('rows'):,} rows, {manifest.total('positions'):,} supervised tokens, of this "
-        f"tokenizer; tails at T {temperatures}; longest row {source.longest_row:,} of {limit} tokens"
+        f"{source.name}: {manifest.total('rows'):,} rows, {manifest.total('positions'):,} supervised tokens, of "
+        f"{tokenizer}; tails at T {temperatures}; longest row {source.longest_row:,} of {limit} tokens"
+        f"{_vocabulary_line(source)}"
     )
     if manifest.missing:
         mend = "train on what is left, or dump the rest again"
         return source, ("warning", f"{found}; {len(manifest.missing)} damaged shards were taken out of it", mend)
     return source, ("ok", found)
+
+
+def _vocabulary_line(source: Any) -> str:
+    """What becomes of ids where the student's are not the dataset's."""
+    from student_train.sources import UNKNOWN_TOKEN
+
+    if source.vocabulary is None:
+        return ""
+    said = f"; {source.vocabulary.line()}"
+    if source.mapped is not None:
+        said += f"; {source.mapped.line()}"
+    if dropped := source.tally.get(UNKNOWN_TOKEN):
+        said += f"; {dropped:,} rows have tokens that the student lacks, and are dropped"
+    return said
 
 
 def _look_at_scores(of: SourceSettings) -> None:

@@ -95,7 +95,7 @@ def _sample(selection: Selection) -> list[Any]:
 
 def _means(source: Source, sample: Sequence[SampleRow], *, is_chosen: bool) -> tuple[float, float]:
     """Tokens and positions of a row: as a dataset's manifest says, unless rows of it are cut, chosen or left out."""
-    if isinstance(source, DatasetSource) and source.context_tokens is None and not is_chosen:
+    if isinstance(source, DatasetSource) and not source.tally and not is_chosen:
         manifest = source.dataset.manifest
         num_rows = manifest.total("rows")
         return manifest.total("tokens") / num_rows, manifest.total("positions") / num_rows

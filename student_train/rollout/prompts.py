@@ -106,6 +106,8 @@ def data_identity(data: DataSettings) -> list[dict[str, Any]]:
     known = []
     for source in data.sources():
         tree = source.model_dump(mode="json", exclude={"dataset", "text", "mix", "cache", "weight"})
+        if not source.map_vocabulary:  # of which earlier plans know nothing
+            del tree["map_vocabulary"]
         if source.dataset is not None:
             tree["manifest_sha256"] = open_dataset(source.dataset, data.cache).identity()
         else:

@@ -60,15 +60,15 @@ def test_splitting_undoes_concatenating():
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
-def test_folding_moves_mass_to_the_tail_and_loses_none():
+def test_mapping_moves_mass_to_the_tail_and_loses_none():
     """A student with less padding than its teacher: what it has no id for is tail, at every temperature."""
     before = positions([3, 2, 2], kept_ids_E=np.array([1, 8, 9, 2, 3, 8, 9], np.int32))
     before = Positions(**{**vars(before), "tail_logsum_PT": np.array([[-2, -1], [-3, -1], [-np.inf] * 2], np.float32)})
-    after = before.folded(8, [1.0, 2.0])
+    after = before.mapped(np.where(np.arange(10) < 8, np.arange(10), -1), 8, [1.0, 2.0])
     assert after.kept_counts_P.tolist() == [1, 2, 0]
     assert after.kept_ids_E.tolist() == [1, 2, 3]
     for j, temperature in enumerate((1.0, 2.0)):
         folded = 2 * np.exp(-3.0 / temperature)
         expected = np.log(np.exp(before.tail_logsum_PT[:, j].astype(float)) + np.array([folded, 0, folded]))
         np.testing.assert_allclose(after.tail_logsum_PT[:, j], expected, rtol=1e-6)
-    assert before.folded(10, [1.0, 2.0]) is before
+    assert before.mapped(np.arange(10), 10, [1.0, 2.0]) is before
