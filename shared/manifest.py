@@ -191,6 +191,11 @@ class Manifest(Settings):
         return row_format(self.keep, self.temperatures, self.vocab_size)
 
     @property
+    def tail_is_unknown(self) -> bool:
+        """Whether its lists were imported after what they left out had been normalised away."""
+        return self.keep.get("tail") == "unknown"
+
+    @property
     def loss_nats(self) -> list[float]:
         """Mean over all positions of what storage lost, for each declared temperature."""
         positions = max(self.total("positions"), 1)
