@@ -6,8 +6,7 @@ from shared.manifest import Manifest
 def dataset_card(manifest: Manifest) -> str:
     teacher, keep = manifest.teacher, manifest.keep
     positions = max(manifest.total("positions"), 1)
-    temperatures = ", ".join(f"{t:g}" for t in manifest.temperatures)
-    tails = f"exact, at T = {temperatures}" if manifest.row_format.has_tails else "none: ids are sampled, with weights"
+    tails = _tails(manifest)
     loss = manifest.loss_nats[0] if manifest.shards else 0.0
     files = [file for each in manifest.inputs for file in each.files]
     sources = "\n".join(f"- `{file.name}`, sha256 `{file.sha256}`" for file in files)
@@ -40,3 +39,13 @@ Made from:
 
 `logit-shards verify` checks every byte; `manifest.json` holds all digests.
 """
+
+
+def _tails(manifest: Manifest) -> str:
+    if not manifest.row_format.has_tails:
+        return "none: ids are sampled, with weights"
+    if manifest.tail_is_unknown:
+        return "not known: imported lists had been renormalised; train with `loss.tail: renormalise`"
+    if manifest.is_imported:
+        return "1 − what is kept: imported, see `inputs` in the manifest"
+    return f"exact, at T = {', '.join(f'{t:g}' for t in manifest.temperatures)}"

@@ -50,9 +50,8 @@ def captured(folder: Path, rows: list[LogitRow], config: dict[str, Any] = EXACT,
         table["compressed_logprobs"].append([list(b"".join(bf16(value)[0] for value in logp)) for _, logp in lists])
     kinds = {"input_ids": pa.list_(pa.uint64())} | dict.fromkeys(list(table)[1:], pa.list_(pa.list_(pa.uint8())))
     arrays = {name: pa.array(values, kinds[name]) for name, values in table.items()}
-    pq.write_table(
-        pa.table(arrays | {name: pa.array(values) for name, values in more.items()}), folder / "data_0.parquet"
-    )
+    arrays |= {name: pa.array(values) for name, values in more.items()}
+    pq.write_table(pa.table(arrays), folder / "data_0.parquet")
     (folder / "compression_config.yaml").write_text(yaml.safe_dump(config))
     return folder
 

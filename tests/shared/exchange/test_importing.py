@@ -1,6 +1,8 @@
 """What is found out about other people's lists before anything is sealed, and what it is told by."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def test_lists_that_were_moved_the_other_way_are_found_as_well(columns, tmp_path
 
 
 def test_too_little_to_tell_is_said_and_imported(tmp_path, import_into):
-    code, out, err = import_into(lines(tmp_path / "a.jsonl", one()))
+    code, _, err = import_into(lines(tmp_path / "a.jsonl", one()))
     assert code == 0, err
     assert "too little to tell" in err
     (row,) = all_rows(LogitDataset.open(tmp_path / "new"))
@@ -143,6 +145,7 @@ def test_renormalised_lists_are_refused_until_it_is_said(tmp_path, import_into):
     assert "train with loss: {tail: renormalise}" in out
     new = LogitDataset.open(tmp_path / "new")
     assert new.manifest.keep["tail"] == "unknown"
+    assert "| mass of the rest | not known" in (new.folder / "README.md").read_text()
     assert not verify(new, deep=True).faults
     for was, row in zip(all_rows(dataset), all_rows(new), strict=True):
         starts = np.cumsum(was.teacher.kept_counts_P) - was.teacher.kept_counts_P
@@ -239,15 +242,10 @@ def test_a_saved_dataset_is_read_as_its_columns(columns, tmp_path, import_into):
     datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "saved"))
     code, _, err = import_into(tmp_path / "saved")
     assert code == 0, err
-    there = import_into
-    assert there is not None
     saved = all_rows(LogitDataset.open(tmp_path / "new"))
     assert [row.num_positions for row in saved] == [row.num_positions for row in written_rows(1, 30)]
 
 
 def test_import_and_export_need_no_torch(tmp_path):
-    import subprocess
-    import sys
-
     code = "import shared.exchange.commands, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

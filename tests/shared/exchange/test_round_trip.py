@@ -51,6 +51,7 @@ def test_round_trip_knows_of_the_rest_what_can_be_known(tmp_path, imported):
     assert not verify(dataset, deep=True).faults
     assert dataset.manifest.temperatures == [1.0]
     assert dataset.manifest.keep == {"method": "topk", "k": 6, "max_kl": 0.0, "tail": "by_difference"}
+    assert "| mass of the rest | 1 − what is kept: imported" in (dataset.folder / "README.md").read_text()
     for was, row in zip(rows, all_rows(dataset), strict=True):
         exact, known = was.teacher, row.teacher
         assert np.allclose(np.exp(known.tail_logsum_PT[:, 0]), np.exp(exact.tail_logsum_PT[:, 0]), atol=1e-6)
