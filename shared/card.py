@@ -65,8 +65,7 @@ def dataset_card(manifest: Manifest, licences: Licences | None = None, *, kept: 
     licences = licences or Licences()
     teacher, keep = manifest.teacher, manifest.keep
     positions = max(manifest.total("positions"), 1)
-    temperatures = ", ".join(f"{t:g}" for t in manifest.temperatures)
-    tails = f"exact, at T = {temperatures}" if manifest.row_format.has_tails else "none: ids are sampled, with weights"
+    tails = _tails(manifest)
     loss = manifest.loss_nats[0] if manifest.shards else 0.0
     files = [file for each in manifest.inputs for file in each.files]
     sources = "\n".join(f"- `{file.name}`, sha256 `{file.sha256}`" for file in files)
@@ -156,3 +155,13 @@ def _revision(teacher: Teacher) -> str:
 
 def _told(names: Sequence[str]) -> str:
     return ", ".join(names).replace("|", "\\|").replace("\n", " ") or NOT_STATED
+
+
+def _tails(manifest: Manifest) -> str:
+    if not manifest.row_format.has_tails:
+        return "none: ids are sampled, with weights"
+    if manifest.tail_is_unknown:
+        return "not known: imported lists had been renormalised; train with `loss.tail: renormalise`"
+    if manifest.is_imported:
+        return "1 − what is kept: imported, see `inputs` in the manifest"
+    return f"exact, at T = {', '.join(f'{t:g}' for t in manifest.temperatures)}"

@@ -5,12 +5,12 @@ import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from shared.errors import ConfigError, OutputError
+from shared.errors import ConfigError, LogitferryError, OutputError
 
 HASH_BLOCK_BYTES = 1 << 22
 TEMPORARY_PREFIX = ".writing-"
@@ -140,3 +140,28 @@ def sha256_of_stream(file: BinaryIO) -> str:
     while block := file.read(HASH_BLOCK_BYTES):
         digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """As `write_atomically`, of a file too large to be held: it gets its name when the block ends well, and else goes.
+
+    Raises:
+        OutputError: the disk is full or not writable.
+    """
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}.{uuid.uuid4().hex}"
+    try:
+        _make_folder(path.parent)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, LogitferryError):
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror}", next_step="make room, then run the same command again"
+            ) from error
+        raise
+    sync_folder(path.parent)

@@ -11,6 +11,7 @@ from rich.console import Console
 from shared.cli import command_group, emit, json_option, run_command
 from shared.dataset import LogitDataset, read_info
 from shared.errors import ConfigError, DamagedDataError
+from shared.exchange.commands import export_command, import_command
 from shared.files import write_atomically
 from shared.inspected import Selection, next_step, open_inspected
 from shared.inspection import Inspector
@@ -205,6 +206,10 @@ def inspect_command(
         console.print(f"all of {path}: {summary}")
     if shown and not overrides and (step := next_step(path)):
         console.print(f"  next: {step}")
+
+
+cli.add_command(import_command)
+cli.add_command(export_command)
 
 
 def _info_lines(dataset: str, info: dict[str, Any]) -> list[str]:

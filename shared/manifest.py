@@ -191,6 +191,16 @@ class Manifest(Settings):
         return row_format(self.keep, self.temperatures, self.vocab_size)
 
     @property
+    def is_imported(self) -> bool:
+        """Whether it was made of another toolkit's lists, which know neither tail nor entropy."""
+        return "tail" in self.keep
+
+    @property
+    def tail_is_unknown(self) -> bool:
+        """Whether its lists were imported after what they left out had been normalised away."""
+        return self.keep.get("tail") == "unknown"
+
+    @property
     def loss_nats(self) -> list[float]:
         """Mean over all positions of what storage lost, for each declared temperature."""
         positions = max(self.total("positions"), 1)

@@ -7,8 +7,8 @@ error, because nobody knows what is missing.
 import codecs
 import gzip
 import io
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -55,22 +55,35 @@ def raw_records(file: TextFile, columns: Collection[str]) -> Iterator[RawRecord 
         DamagedDataError: the file is cut off or its checksums do not hold.
         ConfigError: it cannot be opened, or has none of the columns.
     """
-    read = {"json": _json_records, "parquet": _parquet_records, "datasets": _saved_records}[file.format]
+    records = _json_records(file) if file.format == "json" else _columnar_records(column_batches(file, columns), file)
     empty = True
-    for record in read(file, columns):
+    for record in records:
         empty = False
         yield record
     if empty:
         raise RecordError(f"{file.name}: holds no records", next_step="take the file out of `files`, or fill it")
 
 
-def _json_records(file: TextFile, _columns: Collection[str]) -> Iterator[RawRecord | BadRecord]:
+def column_batches(file: TextFile, columns: Collection[str]) -> Iterator[pa.RecordBatch | pa.Table]:
+    """The records of a file whose fields lie in columns, some at a time, as they lie there.
+
+    Raises:
+        DamagedDataError, ConfigError: as for `raw_records`.
+    """
+    return _parquet_batches(file, columns) if file.format == "parquet" else _saved_batches(file, columns)
+
+
+def numbered_lines(file: TextFile) -> Generator[tuple[int, bytes]]:
+    """The lines of a file, decompressed, counted from 1, without a byte order mark; raises DamagedDataError."""
     with file.open() as raw:
-        lines = enumerate(_lines(file, raw), start=1)
+        for number, line in enumerate(_lines(file, raw), start=1):
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def _json_records(file: TextFile) -> Iterator[RawRecord | BadRecord]:
+    with closing(numbered_lines(file)) as lines:
         begun = False
         for number, line in lines:
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             if not begun and line.lstrip().startswith(b"["):
@@ -157,19 +170,19 @@ def _zstd_frame() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES).decompressobj()
 
 
-def _parquet_records(file: TextFile, columns: Collection[str]) -> Iterator[RawRecord | BadRecord]:
+def _parquet_batches(file: TextFile, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
     with file.open() as raw, _damage(file):
         table = pq.ParquetFile(raw, page_checksum_verification=True)
         known = _known(table.schema_arrow.names, columns, file)
         num_rows = 0
-        for record in _columnar_records(table.iter_batches(batch_size=COLUMNAR_BATCH_ROWS, columns=known), file):
-            num_rows += 1
-            yield record
+        for batch in table.iter_batches(batch_size=COLUMNAR_BATCH_ROWS, columns=known):
+            num_rows += batch.num_rows
+            yield batch
         if num_rows != table.metadata.num_rows:  # page headers lie outside the page checksums
             raise DamagedDataError(f"{file.name}: damaged: {num_rows} rows of {table.metadata.num_rows} can be read")
 
 
-def _saved_records(file: TextFile, columns: Collection[str]) -> Iterator[RawRecord | BadRecord]:
+def _saved_batches(file: TextFile, columns: Collection[str]) -> Iterator[pa.Table]:
     try:
         import datasets
     except ImportError:
@@ -187,7 +200,8 @@ def _saved_records(file: TextFile, columns: Collection[str]) -> Iterator[RawReco
         rows: Any = datasets.load_from_disk(file.fs.unstrip_protocol(file.path))
         known = _known(rows.column_names, columns, file)
         tables = rows.select_columns(known).with_format("arrow")
-        yield from _columnar_records(tables.iter(batch_size=COLUMNAR_BATCH_ROWS) if len(rows) else (), file)
+        if len(rows):
+            yield from tables.iter(batch_size=COLUMNAR_BATCH_ROWS)
 
 
 @contextmanager
@@ -218,18 +232,19 @@ def _known(names: list[str], columns: Collection[str], file: TextFile) -> list[s
 
 def _columnar_records(batches: Iterable[pa.RecordBatch | pa.Table], file: TextFile) -> Iterator[RawRecord | BadRecord]:
     begin = 0
-    for batch in batches:
-        try:
-            rows: list[Any] = batch.to_pylist(maps_as_pydicts="strict")
-        except UNREADABLE:
-            rows = [_row_or_error(batch, index) for index in range(batch.num_rows)]
-        for index, fields in enumerate(rows, start=begin):
-            where = f"{file.name}[{index}]"
-            if isinstance(fields, dict):
-                yield RawRecord(where=where, fields=_without_nulls(fields))
-            else:
-                yield BadRecord(error=RecordError(f"{where}: cannot be read: {fields}"))
-        begin += batch.num_rows
+    with _damage(file):
+        for batch in batches:
+            try:
+                rows: list[Any] = batch.to_pylist(maps_as_pydicts="strict")
+            except UNREADABLE:
+                rows = [_row_or_error(batch, index) for index in range(batch.num_rows)]
+            for index, fields in enumerate(rows, start=begin):
+                where = f"{file.name}[{index}]"
+                if isinstance(fields, dict):
+                    yield RawRecord(where=where, fields=_without_nulls(fields))
+                else:
+                    yield BadRecord(error=RecordError(f"{where}: cannot be read: {fields}"))
+            begin += batch.num_rows
 
 
 def _row_or_error(batch: pa.RecordBatch | pa.Table, index: int) -> dict[str, Any] | Exception:

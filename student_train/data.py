@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shared.dataset import LogitDataset
 from shared.errors import ConfigError, MismatchError
 from shared.overlap import MadeAhead
 from shared.text_files import find_text_files
 from student_train.collate import weights_of
-from student_train.config import TrainSettings
+from student_train.config import LossSettings, TrainSettings
 from student_train.data_config import DataSettings
 from student_train.objective import Objective
 from student_train.order import Pace
@@ -188,7 +189,8 @@ def find_objective(settings: TrainSettings) -> Objective:
     """
     if not settings.loss.kd_weight:
         return settings.loss.objective(is_sampled=False)
-    found = {name: _objective_on(name, settings) for name in _datasets(settings.data)}
+    datasets = [open_dataset(name, settings.data.cache) for name in _datasets(settings.data)]
+    found = {dataset.name: objective_on(dataset, settings.loss) for dataset in datasets}
     if len(set(found.values())) > 1:
         raise MismatchError(
             f"{' and '.join(found)} were kept in unlike manners: some hold a sample of ids, others the most probable",
@@ -219,16 +221,27 @@ def _datasets(data: DataSettings) -> list[str]:
     return [str(source.dataset) for source in data.sources()]
 
 
-def _objective_on(name: str, settings: TrainSettings) -> Objective:
-    manifest, temperature = open_dataset(name, settings.data.cache).manifest, settings.loss.temperature
+def objective_on(dataset: LogitDataset, loss: LossSettings) -> Objective:
+    """What these settings compute on a dataset.
+
+    Raises:
+        MismatchError: it does not hold what this loss needs.
+    """
+    name, manifest, temperature = dataset.name, dataset.manifest, loss.temperature
     try:
-        objective = settings.loss.objective(is_sampled=not manifest.row_format.has_tails)
+        objective = loss.objective(is_sampled=not manifest.row_format.has_tails)
     except ValueError as error:
         raise MismatchError(
             f"{name} was kept by {manifest.keep['method']}, and the loss does not fit it: {error}",
             next_step="train with loss: {divergence: forward_kl, temperature: 1} and no loss.tail, "
             "or dump with keep.method: topk",
         ) from None
+    if manifest.tail_is_unknown and objective.tail != "renormalise":
+        raise MismatchError(
+            f"{name} was imported from lists that had been renormalised: the teacher's tail is not known, and "
+            f"{objective.divergence} with loss.tail: {objective.tail} would teach that there is none",
+            next_step="train with loss: {divergence: forward_kl, tail: renormalise}",
+        )
     if temperature not in manifest.temperatures:
         raise MismatchError(
             f"loss.temperature {temperature:g} is not among the {manifest.temperatures} of {name}: "
