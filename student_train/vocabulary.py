@@ -79,12 +79,8 @@ class Vocabulary:
     def by_token(theirs: Tokenizer, ours: Tokenizer, *, num_ids: int, num_student_ids: int) -> "Vocabulary":
         """Of two tokenizers of one family: `theirs` made the dataset, `ours` is the student's."""
         known, own = theirs.get_vocab(with_added_tokens=True), ours.get_vocab(with_added_tokens=True)
-        added, merged = ([each(tokenizer) for tokenizer in (theirs, ours)] for each in (_added, _merged))
-        common = {
-            token
-            for token in known.keys() & own.keys()
-            if _ways(token, added[0], merged[0]) == _ways(token, added[1], merged[1])
-        }
+        ways, own_ways = _ways(theirs), _ways(ours)
+        common = {token for token in known.keys() & own.keys() if ways[token] == own_ways[token]}
         common = {token for token in common if known[token] < num_ids and own[token] < num_student_ids}
         ids_V = np.full(num_ids, NO_ID, dtype=np.int32)
         ids_V[[known[token] for token in common]] = [own[token] for token in common]
@@ -297,15 +293,10 @@ def _added(tokenizer: Tokenizer) -> dict[str, _Found]:
     }
 
 
-def _merged(tokenizer: Tokenizer) -> set[str]:
-    """The tokens of the BPE, some of which may be added tokens as well."""
-    return set(tokenizer.get_vocab(with_added_tokens=False))
-
-
-def _ways(token: str, added: Mapping[str, _Found], merged: set[str]) -> tuple[bool, bool]:
-    """How a tokenizer comes by it: as an added token, and as the BPE's where it is not always the former."""
-    found = added.get(token)
-    return found is not None, token in merged and not (found is not None and found.is_sure)
+def _ways(tokenizer: Tokenizer) -> dict[str, tuple[bool, bool]]:
+    """How it comes by each token: as an added one, and by BPE, where it is not always the former."""
+    ways = dict.fromkeys(tokenizer.get_vocab(with_added_tokens=False), (False, True))
+    return ways | {token: (True, token in ways and not found.is_sure) for token, found in _added(tokenizer).items()}
 
 
 def _some(tokens: Sequence[str]) -> str:
