@@ -29,7 +29,8 @@ def as_asked(source: Source, settings: SourceSettings, tokenizer: Tokenizer) -> 
     by_tags = manner is not None and manner.by == "tags"
     facts = manners = None
     if by_tags or (curriculum is not None and curriculum.asks_rows):
-        facts = read_facts(source, Thinking.of(tokenizer, manner.tags) if manner is not None and by_tags else None)
+        thinking = Thinking.of(tokenizer, manner.tags, source.in_pieces) if manner is not None and by_tags else None
+        facts = read_facts(source, thinking)
     if manner is None and facts is None:
         return source
     num_rows = sum(map(len, source.sample_ids))

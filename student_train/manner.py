@@ -36,17 +36,18 @@ class Thinking:
     tokenizer: Tokenizer = field(repr=False)
     tags: tuple[str, str]
     tag_ids: tuple[int, int] | None
-    """Where both are tokens of their own."""
+    """Where both are tokens of their own, in the rows as well."""
     is_border_V: NDArray[np.bool_] = field(repr=False)
     """Of each id, whether it is an added token that is no tag; the last stands for all ids beyond."""
 
     @staticmethod
-    def of(tokenizer: Tokenizer, tags: tuple[str, str]) -> "Thinking":
+    def of(tokenizer: Tokenizer, tags: tuple[str, str], in_pieces: Collection[str] = ()) -> "Thinking":
+        """`in_pieces` are tokens that the rows spell out nevertheless."""
         added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
         is_border_V = np.zeros(max(added, default=0) + 2, dtype=np.bool_)
         is_border_V[[token_id for token_id, content in added.items() if content not in tags]] = True
         begin, end = (tokenizer.token_to_id(tag) for tag in tags)
-        ids = None if begin is None or end is None else (begin, end)
+        ids = None if begin is None or end is None or set(tags) & set(in_pieces) else (begin, end)
         return Thinking(tokenizer=tokenizer, tags=tags, tag_ids=ids, is_border_V=is_border_V)
 
     def thinks(self, row: Row) -> bool:

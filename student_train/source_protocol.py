@@ -49,6 +49,11 @@ class Source(Protocol):
         """Are the teacher's kept ids a sample with weights?"""
         ...
 
+    @property
+    def in_pieces(self) -> Sequence[str]:
+        """Tokens of the student that its rows spell out, for they were cut by a tokenizer without them."""
+        ...
+
     def at(self, temperature: float | None) -> "Source":
         """With the teacher at one of its temperatures, or without it."""
         ...

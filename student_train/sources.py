@@ -79,6 +79,10 @@ class DatasetSource:
         return not self.dataset.manifest.row_format.has_tails
 
     @property
+    def in_pieces(self) -> Sequence[str]:
+        return () if self.vocabulary is None else self.vocabulary.added
+
+    @property
     def longest_row(self) -> int:
         longest = max((shard.longest_row for shard in self.dataset.manifest.shards), default=0)
         return longest if self.context_tokens is None else min(longest, self.context_tokens)
@@ -169,6 +173,7 @@ class TextSource:
     tally: Tally
     temperatures: tuple[float, ...] = ()
     is_sampled: bool = False
+    in_pieces: tuple[str, ...] = ()
     facts: Facts | None = field(default=None, repr=False)
     manners: Manners | None = field(default=None, repr=False)
 
@@ -297,7 +302,7 @@ def _checked(
         if not vocabulary.is_same_tokenizer:
             rows = dataset.read_shard(0)[:LOOKED_ROWS] if manifest.shards else []
             mapped = FirstRows.of(rows, vocabulary, dataset.tokenizer(), tokenizer)
-            logger.info("%s: %s", name, mapped.line())
+            logger.log(logging.WARNING if mapped.is_cut_otherwise else logging.INFO, "%s: %s", name, mapped.line())
             source = replace(source, mapped=mapped)
     return _without_misfits(source, drops_unknown=settings.map_vocabulary == "drop")
 

@@ -8,9 +8,11 @@ are the same, and what the teacher gave to ids beyond the student's goes to the 
 1. both are BPE with the same options, normalizer and pre-tokenizer;
 2. the student's merges, in their order, are the dataset's merges that make a token which the student has;
 3. what the student has more are added tokens alone;
-4. an added token that both have is found alike: with the white space around it, or as a whole word alone.
+4. an added token that both have is found alike: with the white space around it, as a whole word alone, and before or
+   after a normalizer.
 
-A token is *common* where both have it with the same spelling, as an added token or as one of the BPE's.
+A token is *common* where both have it with the same spelling, and come by it in the same way: as an added token, as one
+of the BPE's, or as either.
 
 *Why that suffices:* a text in which neither finds an added token that the other has not is cut into the same words by
 1 and 4.  Within a word BPE applies the first merge of its list that can be applied, again and again.  By 2 whatever is
@@ -31,10 +33,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from shared.dataset import LogitDataset
 from shared.errors import ForeignTokenizerError
@@ -76,8 +79,8 @@ class Vocabulary:
     def by_token(theirs: Tokenizer, ours: Tokenizer, *, num_ids: int, num_student_ids: int) -> "Vocabulary":
         """Of two tokenizers of one family: `theirs` made the dataset, `ours` is the student's."""
         known, own = theirs.get_vocab(with_added_tokens=True), ours.get_vocab(with_added_tokens=True)
-        is_added, is_added_here = set(_added(theirs)), set(_added(ours))
-        common = {token for token in known.keys() & own.keys() if (token in is_added) == (token in is_added_here)}
+        ways, own_ways = _ways(theirs), _ways(ours)
+        common = {token for token in known.keys() & own.keys() if ways[token] == own_ways[token]}
         common = {token for token in common if known[token] < num_ids and own[token] < num_student_ids}
         ids_V = np.full(num_ids, NO_ID, dtype=np.int32)
         ids_V[[known[token] for token in common]] = [own[token] for token in common]
@@ -157,6 +160,11 @@ class FirstRows:
             / max(1, sum(row.num_positions for row in rows)),
         )
 
+    @property
+    def is_cut_otherwise(self) -> bool:
+        """Do any spell out a token that the student has, in pieces that it would not make of their text?"""
+        return self.cut_alike < self.mappable
+
     def line(self) -> str:
         """For people."""
         return (
@@ -212,9 +220,9 @@ def why_no_family(theirs: Tokenizer, ours: Tokenizer) -> str | None:
         return f"of the dataset's merges {lengths[0]:,} make a token that the student has, which has {lengths[1]:,}"
     if more := sorted(our_tokens.keys() - one["model"]["vocab"].keys() - added.keys()):
         return f"the student has {len(more):,} tokens more that are no added tokens{_some(more)}"
-    for token, flags in _added(theirs).items():
-        if added.get(token, flags) != flags:
-            return f"the added token {token!r} is found with other white space around it, or in other places"
+    for token, found in _added(theirs).items():
+        if added.get(token, found) != found:
+            return f"the added token {token!r} is found with other white space around it, or in other text"
     return None
 
 
@@ -255,13 +263,40 @@ def _merges(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
         yield (left, right), left + right.removeprefix(prefix)
 
 
-def _added(tokenizer: Tokenizer) -> dict[str, tuple[bool, ...]]:
-    """Of each added token how it is found in a text.
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """How an added token is found in a text."""
 
-    `normalized` is left out: it matters for text alone that a normalizer turns into the token.
-    """
-    tokens = tokenizer.get_added_tokens_decoder().values()
-    return {token.content: (token.lstrip, token.rstrip, token.single_word) for token in tokens}
+    strips: tuple[bool, bool]
+    is_word: bool
+    """As a whole word alone."""
+    is_normalized: bool
+    """In text that a normalizer has changed, in which it may not be what it was."""
+
+    @property
+    def is_sure(self) -> bool:
+        """Wherever it is spelled out."""
+        return not (self.is_word or self.is_normalized)
+
+
+def _added(tokenizer: Tokenizer) -> dict[str, _Found]:
+    """All added tokens."""
+    # NFC leaves them as they are; what they are found before or after matters under other normalizers.
+    changes = not isinstance(tokenizer.normalizer, NoneType | normalizers.NFC)
+    return {
+        token.content: _Found(
+            strips=(token.lstrip, token.rstrip),
+            is_word=token.single_word,
+            is_normalized=changes and token.normalized,
+        )
+        for token in tokenizer.get_added_tokens_decoder().values()
+    }
+
+
+def _ways(tokenizer: Tokenizer) -> dict[str, tuple[bool, bool]]:
+    """How it comes by each token: as an added one, and by BPE, where it is not always the former."""
+    ways = dict.fromkeys(tokenizer.get_vocab(with_added_tokens=False), (False, True))
+    return ways | {token: (True, token in ways and not found.is_sure) for token, found in _added(tokenizer).items()}
 
 
 def _some(tokens: Sequence[str]) -> str:

@@ -96,6 +96,9 @@ def _open(of: SourceSettings, data: DataSettings, settings: TrainSettings, opene
     if manifest.missing:
         mend = "train on what is left, or dump the rest again"
         return source, ("warning", f"{found}; {len(manifest.missing)} damaged shards were taken out of it", mend)
+    if source.mapped is not None and source.mapped.is_cut_otherwise:
+        mend = "give the teacher the tokens that such rows spell out, and dump again; or take them from the student"
+        return source, ("warning", found, mend)
     return source, ("ok", found)
 
 

@@ -99,7 +99,7 @@ def _scores(student: Student, source: Source, marks: Marks | None) -> Iterator[d
     """Of every row of a source, in its order."""
     objective = Objective(kd_weight=0.0)
     maker = student.pass_maker(objective, longest_row=source.longest_row, ranks=Ranks())
-    thinking = Thinking.of(student.tokenizer.backend_tokenizer, USUAL_TAGS)
+    thinking = Thinking.of(student.tokenizer.backend_tokenizer, USUAL_TAGS, source.in_pieces)
     marked = None if marks is None else np.stack(marks.of(source.sample_ids), axis=1)
     read = (row for index in range(len(source.sample_ids)) for row in source.read_outline(index))
     done = 0

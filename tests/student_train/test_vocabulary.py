@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from shared.models import OutputHead
 from shared.rows import LogitRow, Positions
@@ -87,6 +87,48 @@ def test_a_tokenizer_that_cuts_text_otherwise_is_of_another_family(base: Tokeniz
     found = why_no_family(base, edited(base, UNLIKE[reason]))
     assert found is not None
     assert re.match(reason, found), found
+
+
+def flagged(token: str, **flags: bool) -> Any:
+    def change(tree: Any) -> None:
+        next(each for each in tree["added_tokens"] if each["content"] == token).update(flags)
+
+    return change
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.Prepend("x")])
+def test_an_added_token_that_is_found_behind_a_normalizer_is_found_elsewhere(base: Tokenizer, normalizer: Any):
+    """A prefix goes before each piece of text that no added token has cut off yet."""
+    theirs, text = moved(base), "A<|im_end|>b"
+    theirs.normalizer = normalizer
+    ours = edited(theirs, flagged("<|im_end|>", normalized=True))
+    reason = "the added token '<|im_end|>' is found with other white space around it, or in other text"
+    assert why_no_family(theirs, ours) == reason
+    if isinstance(normalizer, normalizers.Prepend):
+        assert theirs.encode(text).tokens != ours.encode(text).tokens
+    theirs.normalizer = ours.normalizer = normalizers.NFC()
+    assert why_no_family(theirs, ours) is None
+
+
+def test_a_token_that_one_may_merge_as_well_is_not_common(base: Tokenizer):
+    """As whole words they are found alike, and within others merged by one of them alone."""
+
+    def whole(tree: Any) -> None:
+        flags = {"lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        token_id = tree["model"]["vocab"][made]
+        tree["added_tokens"].append({"id": token_id, "content": made, "single_word": True, **flags})
+        tree["added_tokens"].sort(key=lambda token: token["id"])
+
+    made = "".join(json.loads(base.to_str())["model"]["merges"][-1])
+    theirs = edited(base, whole)
+    ours = edited(shortened(base, 1), lambda tree: None)
+    ours.add_tokens([AddedToken(made, single_word=True, normalized=False)])
+    assert why_no_family(theirs, ours) is None
+    text = f"x{made}"
+    assert made in theirs.encode(text).tokens
+    assert made not in ours.encode(text).tokens
+    assert list(by_token(theirs, ours).lacking.values()) == [made]
+    assert not by_token(theirs, moved(theirs)).lacking
 
 
 def test_tokenizers_of_other_text_or_another_kind_are_of_another_family(base: Tokenizer, tmp_path: Path):
@@ -184,6 +226,7 @@ def test_first_rows_tell_of_text_that_spells_out_a_token_of_the_student(base: To
     found = FirstRows.of(rows, by_token(base, ours), base, ours)
     assert (found.rows, found.mappable, found.cut_alike, found.moved_mass) == (2, 2, 1, 0.0)
     assert "1 of these are cut into the same tokens" in found.line()
+    assert found.is_cut_otherwise
 
 
 def row_of(tokenizer: Tokenizer, text: str) -> LogitRow:

@@ -334,6 +334,26 @@ def test_doctor_and_estimate_tell_of_the_mapping(toolless: Path, with_tools: Pat
     assert estimated.tokens_per_row == pytest.approx(sum(row.num_tokens for row in read) / len(read))
 
 
+def test_thoughts_between_tags_that_are_tokens_of_the_student_alone_are_found(teacher: Path, tmp_path: Path):
+    """The rows spell them out, and so no id tells of them; and the student would learn to spell them."""
+    records = chat_records(8)
+    for record in records[::2]:
+        record["messages"][-1]["content"] = f"<think>Hm.</think>{record['messages'][-1]['content']}"
+    dumped = dump_settings(teacher, write_jsonl(tmp_path / "thoughts.jsonl", records), tmp_path / "thoughts")
+    data = {"dataset": str(sealed_dump(dumped).folder), "map_vocabulary": True}
+    thinker = student_of(
+        tmp_path / "thinker", teacher, lambda each: extended(each, "<think>", "</think>"), vocab_size=307
+    )
+    source = opened(thinker, **data, manner={"take": "reasoning"})
+    assert source.manners.counts == {"reasoning": 4, "fast": 4}
+    assert sorted(row.sample_id for row in rows_of(source)) == [f"chat-{n}" for n in range(0, 8, 2)]
+    tree = {"student": {"model": str(thinker)}, "data": data, "device": "cpu", "output": str(tmp_path / "scores")}
+    assert run_scoring(ScoreSettings.model_validate(tree))["manners"] == {"reasoning": 4, "fast": 4}
+    (found,) = of("data", examine(settings(thinker, tmp_path / "out", data=data)))
+    assert found.verdict == "warning", found
+    assert "give the teacher the tokens that such rows spell out" in str(found.next_step)
+
+
 def test_padding_alone_needs_no_setting_and_is_told(teacher: Path, plain: Path, tmp_path: Path):
     smaller = make_model(tmp_path / "smaller", seed=2, num_hidden_layers=1, vocab_size=302)
     make_tokenizer(smaller, added=[TOOL])
