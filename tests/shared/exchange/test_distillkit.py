@@ -148,6 +148,13 @@ def test_ids_of_17_bits_and_numbers_that_cross_bytes():
     assert unpacked(data, 17, 5).tolist() == [ids]
 
 
+def test_differences_are_summed_and_rounded_to_even():
+    tree = {"d": 9, "k": 2, "exact_k": 2, "exact_dtype": "bfloat16", "delta_encoding": True}
+    for second, total in ((-(2.0**-8), -1.0), (-3 * 2.0**-8, -1 - 4 * 2.0**-8)):
+        data = np.frombuffer(bf16(-1.0)[0] + bf16(second)[0], dtype=np.uint8)[None]
+        assert logprobs(data, Packing.model_validate(tree)).tolist() == [[-1.0, total]]
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 def test_a_curve_its_residuals_and_differences(normalised):
     """One position by hand: an exact number, a curve through five points, three of them corrected, all of it deltas."""

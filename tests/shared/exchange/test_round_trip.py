@@ -56,6 +56,13 @@ def test_round_trip_knows_of_the_rest_what_can_be_known(tmp_path, imported):
         exact, known = was.teacher, row.teacher
         assert np.allclose(np.exp(known.tail_logsum_PT[:, 0]), np.exp(exact.tail_logsum_PT[:, 0]), atol=1e-6)
         assert np.all(known.entropy_P <= exact.entropy_P + 1e-5)
+        starts = np.cumsum(exact.kept_counts_P) - exact.kept_counts_P
+        p_E, left_P = (
+            np.exp(exact.kept_logp_E.astype(np.float64)),
+            np.exp(exact.tail_logsum_PT[:, 0].astype(np.float64)),
+        )
+        lumped_P = -np.add.reduceat(p_E * np.log(p_E), starts) - left_P * np.log(left_P)
+        assert np.allclose(known.entropy_P, lumped_P, atol=2e-5)
         assert np.all(known.realised_logp_P >= exact.realised_logp_P - 1e-4)
         kept_P = known.realised_logp_P == exact.realised_logp_P
         assert kept_P.mean() > 0.5
