@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shared.dataset import LogitDataset
 from shared.verification import verify
 from tests.shared.exchange.made import all_rows, exported, sealed, tokenizer_folder, written_rows
-from tests.shared.made_datasets import V, made_rows, threshold, write_dataset
+from tests.shared.made_datasets import V, edit_manifest, made_rows, threshold, write_dataset
 
 
 @pytest.fixture
@@ -170,6 +170,14 @@ def test_export_of_a_damaged_dataset_leaves_nothing(tmp_path, command):
     code, _, err = command("export", tmp_path / "d", "--to", "axolotl", "--output", tmp_path / "out" / "a.parquet")
     assert code == 3, err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_dataset_of_which_shards_are_missing_is_not_exported(tmp_path, command):
+    sealed(tmp_path / "d", written_rows(8, 12))
+    edit_manifest(tmp_path / "d", lambda tree: tree["missing"].append(tree["shards"].pop()["path"]))
+    code, _, err = command("export", tmp_path / "d", "--to", "jsonl", "--output", tmp_path / "a.jsonl")
+    assert code == 4
+    assert "1 shards are missing" in err
 
 
 @pytest.mark.parametrize(("name", "said"), [("a.csv", "is written to"), ("there.parquet", "exists")])
