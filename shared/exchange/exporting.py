@@ -161,4 +161,5 @@ def plain(row: LogitRow, row_format: RowFormat) -> dict[str, Any]:
 
 def printed(values: Any) -> Any:
     """fp64 that prints as the shortest number which is read back as the same fp32."""
-    return np.ascontiguousarray(values).astype("U16").astype(np.float64)
+    distinct, index = np.unique(values, return_inverse=True)  # few, where a dataset is rounded
+    return distinct.astype("U16").astype(np.float64)[index]

@@ -95,6 +95,16 @@ def test_a_step_is_the_step_of_student_train(loss, student_folder: Path, dataset
         torch.testing.assert_close(value, weights[name], rtol=0, atol=2e-5)
 
 
+def test_labels_stand_beside_their_own_tokens(student_folder: Path, dataset: Path, tmp_path: Path):
+    trainer = distil.make_trainer(str(student_folder), str(dataset), arguments(tmp_path), LossSettings())
+    batch = trainer.data_collator([{"row": 0}, {"row": 5}])
+    is_label_BL = batch["labels"] != -100
+    assert torch.equal(batch["labels"][is_label_BL], batch["input_ids"][is_label_BL])
+    for index, line in enumerate(is_label_BL):
+        mask = trainer.data_collator.rows[(0, 5)[index]].label_mask_L
+        assert line[: len(mask)].tolist() == mask.tolist()
+
+
 def test_how_rows_are_cut_into_batches_changes_nothing(student_folder: Path, dataset: Path, tmp_path: Path):
     norms = []
     for size in (1, 4, NUM_ROWS):

@@ -148,6 +148,20 @@ def test_ids_of_17_bits_and_numbers_that_cross_bytes():
     assert unpacked(data, 17, 5).tolist() == [ids]
 
 
+def test_differences_are_summed_and_rounded_to_even():
+    tree = {"d": 9, "k": 2, "exact_k": 2, "exact_dtype": "bfloat16", "delta_encoding": True}
+    for second, total in ((-(2.0**-8), -1.0), (-3 * 2.0**-8, -1 - 4 * 2.0**-8)):
+        data = np.frombuffer(bf16(-1.0)[0] + bf16(second)[0], dtype=np.uint8)[None]
+        assert logprobs(data, Packing.model_validate(tree)).tolist() == [[-1.0, total]]
+
+
+def test_residuals_are_rounded_as_the_exact_numbers_are():
+    bins = [{"scale_dtype": "float32", "element_bits": 4, "num_elements": 1}]
+    tree = {"d": 9, "k": 1, "exact_k": 0, "exact_dtype": "bfloat16", "residual_bins": bins, "delta_encoding": False}
+    data = np.frombuffer(struct.pack("<f", 0.3) + bits_of([-7 + 8], 4), dtype=np.uint8)[None]
+    assert logprobs(data, Packing.model_validate(tree)).tolist() == [[bf16(-2.1)[1]]]
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 def test_a_curve_its_residuals_and_differences(normalised):
     """One position by hand: an exact number, a curve through five points, three of them corrected, all of it deltas."""
@@ -169,13 +183,13 @@ def test_a_curve_its_residuals_and_differences(normalised):
     steps = [-4, 3]
     data = struct.pack("<f", -0.5) + struct.pack("<3f", -0.25, -0.125, 0.0625)
     data += struct.pack("<e", 0.03125) + bits_of([step + 4 for step in steps], 3)
-    data += struct.pack("<f", 0.5) + bits_of([1], 1)
+    data += struct.pack("<f", 0.5) + bits_of([0], 1)
     assert packing.logprob_bytes == len(data)
     points = [at / 4 if normalised else at for at in range(5)]
     curve = [-0.25 - 0.125 * t + 0.0625 * t**0.5 for t in points]
     curve[0] += -4 * 0.03125
     curve[1] += 3 * 0.03125
-    curve[2] += 1 * 0.5
+    curve[2] -= 0.5  # a single bit is a sign
     expected = np.cumsum([-0.5, *curve])
     assert np.allclose(logprobs(np.frombuffer(data, dtype=np.uint8)[None], packing), expected, atol=1e-6)
 

@@ -159,7 +159,7 @@ def test_renormalised_lists_are_refused_until_it_is_said(tmp_path, import_into):
     ("excess", "fate"), [(3e-4, "as it is"), (0.02, "scaled down"), (0.3, "refused")], ids=lambda value: str(value)
 )
 def test_lists_that_add_up_to_more_than_one(excess, fate, tmp_path, import_into):
-    logp = np.log([0.75 + excess, 0.25]).tolist()
+    logp = np.log([0.65 + excess, 0.35]).tolist()
     wrong = one(target_logprobs=[[], [-0.1, -3], logp, []])
     code, out, err = import_into(lines(tmp_path / "a.jsonl", wrong), "--json")
     if fate == "refused":
@@ -174,7 +174,7 @@ def test_lists_that_add_up_to_more_than_one(excess, fate, tmp_path, import_into)
     new = LogitDataset.open(tmp_path / "new")
     assert not verify(new, deep=True).faults
     (row,) = all_rows(new)
-    expected = np.log([0.25, 0.75 + excess]) - (np.log1p(excess) if fate == "scaled down" else 0)
+    expected = np.log([0.35, 0.65 + excess]) - (np.log1p(excess) if fate == "scaled down" else 0)
     assert np.allclose(row.teacher.kept_logp_E[2:], expected, atol=1e-6)
 
 
@@ -191,6 +191,7 @@ def test_lists_that_add_up_to_more_than_one(excess, fate, tmp_path, import_into)
         ({"target_token_ids": [[], [3, 1.5], [4, 2], []]}, "ids are whole numbers"),
         ({"target_logprobs": [[], [-0.1, float("nan")], [-0.5, -2.0], []]}, "is no number"),
         ({"target_logprobs": [[], [7.5, 6.0], [-0.5, -2.0], []]}, "its largest log p is 7.5"),
+        ({"target_logprobs": [[], [0.1, -9.0], [-0.5, -2.0], []]}, "its largest log p is 0.1"),
         ({"target_logprobs": 3}, "expected a list of lists"),
         ({"input_ids": [5, V, 3, 4]}, f"token 1 is {V}, which is no id"),
         ({"input_ids": "abc"}, "expected a list of whole numbers"),
@@ -219,6 +220,17 @@ def test_a_row_that_comes_twice_is_refused(tmp_path, import_into):
     code, _, err = import_into(lines(tmp_path / "a.jsonl", one(id="x"), one(id="x")))
     assert code == 3
     assert "sample id 'x' comes twice" in err
+
+
+def test_what_was_begun_is_taken_away_where_it_cannot_be_ended(tmp_path, import_into, monkeypatch):
+    monkeypatch.setattr("shared.exchange.importing.SHARD_ROWS", 2)
+    good = lines(tmp_path / "a.jsonl", *(one(id=str(n)) for n in range(5)))
+    code, _, _ = import_into(good, lines(tmp_path / "b.jsonl", one(id="6"), one(labels=[1])))
+    assert code == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "new", "tok"]
+    code, out, err = import_into(good, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["shards"], json.loads(out)["rows"]) == (3, 5)
 
 
 def test_another_tokenizer_or_vocabulary_is_refused(tmp_path, import_into):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shared.dataset import LogitDataset
 from shared.verification import verify
 from tests.shared.exchange.made import all_rows, exported, sealed, tokenizer_folder, written_rows
-from tests.shared.made_datasets import V, made_rows, threshold, write_dataset
+from tests.shared.made_datasets import V, edit_manifest, made_rows, threshold, write_dataset
 
 
 @pytest.fixture
@@ -56,6 +56,13 @@ def test_round_trip_knows_of_the_rest_what_can_be_known(tmp_path, imported):
         exact, known = was.teacher, row.teacher
         assert np.allclose(np.exp(known.tail_logsum_PT[:, 0]), np.exp(exact.tail_logsum_PT[:, 0]), atol=1e-6)
         assert np.all(known.entropy_P <= exact.entropy_P + 1e-5)
+        starts = np.cumsum(exact.kept_counts_P) - exact.kept_counts_P
+        p_E, left_P = (
+            np.exp(exact.kept_logp_E.astype(np.float64)),
+            np.exp(exact.tail_logsum_PT[:, 0].astype(np.float64)),
+        )
+        lumped_P = -np.add.reduceat(p_E * np.log(p_E), starts) - left_P * np.log(left_P)
+        assert np.allclose(known.entropy_P, lumped_P, atol=2e-5)
         assert np.all(known.realised_logp_P >= exact.realised_logp_P - 1e-4)
         kept_P = known.realised_logp_P == exact.realised_logp_P
         assert kept_P.mean() > 0.5
@@ -163,6 +170,14 @@ def test_export_of_a_damaged_dataset_leaves_nothing(tmp_path, command):
     code, _, err = command("export", tmp_path / "d", "--to", "axolotl", "--output", tmp_path / "out" / "a.parquet")
     assert code == 3, err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_dataset_of_which_shards_are_missing_is_not_exported(tmp_path, command):
+    sealed(tmp_path / "d", written_rows(8, 12))
+    edit_manifest(tmp_path / "d", lambda tree: tree["missing"].append(tree["shards"].pop()["path"]))
+    code, _, err = command("export", tmp_path / "d", "--to", "jsonl", "--output", tmp_path / "a.jsonl")
+    assert code == 4
+    assert "1 shards are missing" in err
 
 
 @pytest.mark.parametrize(("name", "said"), [("a.csv", "is written to"), ("there.parquet", "exists")])
