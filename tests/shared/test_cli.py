@@ -137,7 +137,7 @@ def test_cli_shows_its_help_where_no_verb_is_given(run, name):
         ("teacher-dump", "rnu", "no verb 'rnu'; did you mean run?"),
         ("student-train", "runs", "no verb 'runs'; did you mean run?"),
         ("logit-shards", "verfy", "no verb 'verfy'; did you mean verify?"),
-        ("logit-shards", "zzz", "no verb 'zzz'; there are: card, filter, info, inspect, merge, pull, push, repair"),
+        ("logit-shards", "zzz", "no verb 'zzz'; there are: card, export, filter, import, info, inspect, merge, pull"),
     ],
 )
 def test_cli_suggests_the_verb_that_was_meant(run, name, mistyped, hint):
