@@ -137,11 +137,7 @@ def test_cli_shows_its_help_where_no_verb_is_given(run, name):
         ("teacher-dump", "rnu", "no verb 'rnu'; did you mean run?"),
         ("student-train", "runs", "no verb 'runs'; did you mean run?"),
         ("logit-shards", "verfy", "no verb 'verfy'; did you mean verify?"),
-<<<<<<< HEAD
-        ("logit-shards", "zzz", "no verb 'zzz'; there are: card, export, filter, import, info, inspect, merge, pull"),
-=======
-        ("logit-shards", "zzz", "there are: export, filter, import, info, inspect, merge, repair, verify"),
->>>>>>> exchange
+        ("logit-shards", "zzz", "there are: card, export, filter, import, info, inspect, merge, pull, push, repair"),
     ],
 )
 def test_cli_suggests_the_verb_that_was_meant(run, name, mistyped, hint):
