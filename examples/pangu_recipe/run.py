@@ -34,6 +34,8 @@ RUNS: dict[str, dict[str, Run]] = {
 }
 ALL = RUNS["table1"] | RUNS["table2"]
 TUNED_BY = {"table1": ("reasoning", "fast"), "table2": ("fast",)}
+RATES_OF = {"table1": RATES, "table2": RATES[1:]}
+"""The lowest was never the best for fast rows alone in table 1."""
 
 
 def worlds(output: Path, seeds: Iterable[int], *, is_tiny: bool) -> list[World]:
@@ -173,7 +175,7 @@ def make_for_table_2(world: World) -> dict[str, Any]:
 
 def table(name: str, output: Path, seeds: tuple[int, ...], jobs: int, tiny: bool) -> None:
     """All cells of a table: tuned on the development split of seed 0, measured on the test split of every seed."""
-    begin_s, runs, rates = time.monotonic(), RUNS[name], RATES[:1] if tiny else RATES
+    begin_s, runs, rates = time.monotonic(), RUNS[name], RATES[1:2] if tiny else RATES_OF[name]
     everything = worlds(output, seeds, is_tiny=tiny)
     shared = {world.seed: world.make() | (make_for_table_2(world) if name == "table2" else {}) for world in everything}
     tried = side_by_side(
