@@ -195,7 +195,7 @@ TABLE_1: dict[str, Run] = {
 
 
 def after_sft(stage: Stage) -> Run:
-    """From the student after half of the tokens, SFT(R) and SFT(F), the same for all cells of a seed."""
+    """From the student after half of the tokens, SFT(R), the same for all cells of a seed."""
 
     def run(cell: Cell) -> str:
         return cell.train([stage], start=shared_start(cell.world))
@@ -204,7 +204,7 @@ def after_sft(stage: Stage) -> Run:
 
 
 def shared_start(world: World) -> str:
-    return Cell(world=world, name="start", rate=RATES[1]).train(sft_both(1 / 2))
+    return Cell(world=world, name="start", rate=RATES[1]).train([sft(1 / 2, REASONING)])
 
 
 def live(cell: Cell) -> str:
