@@ -318,11 +318,22 @@ def _softmax_(z_bV: Tensor) -> Tensor:
 
 
 def _entropy(softmax_bV: Tensor, *, stride: int) -> tuple[Tensor, Tensor]:
-    """Of every so-many-th row, 0 elsewhere [b]; and 1 where it was taken [b]."""
+    """Of one row in so many, 0 elsewhere [b]; and 1 where it was taken [b].
+
+    Not of every so-many-th: where all replies have two tokens that would be the first of each, never the second.
+    """
     entropy_b, has_entropy_b = (softmax_bV.new_zeros(len(softmax_bV)) for _ in range(2))
-    entropy_b[::stride] = torch.special.entr(softmax_bV[::stride]).sum(dim=1)
-    has_entropy_b[::stride] = 1.0
+    taken = slice(None) if stride == 1 else _one_in(stride, softmax_bV)
+    entropy_b[taken] = torch.special.entr(softmax_bV[taken]).sum(dim=1)
+    has_entropy_b[taken] = 1.0
     return entropy_b, has_entropy_b
+
+
+def _one_in(stride: int, rows_bV: Tensor) -> Tensor:
+    """Numbers of rows, one of each `stride`, at places without a pattern: Knuth's multiplicative hash."""
+    number_t = torch.arange(-(-len(rows_bV) // stride), device=rows_bV.device)
+    place_t = (number_t * 2654435761 >> 15) % stride
+    return (stride * number_t + place_t).clamp_max(len(rows_bV) - 1)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

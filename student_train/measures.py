@@ -1,7 +1,7 @@
 """What is measured of a student at every position, beside the loss that it learns from: what tells a sick run.
 
 All at temperature 1 but for `kd`, which is the objective's divergence.  It costs a few operations on [n, K] tensors
-and, for the student's entropy, one pass over the vocabulary; so in training only every eighth position has one.
+and, for the student's entropy, one pass over the vocabulary; so in training one position in eight has one.
 
 Shapes: N positions of a pass, n of a chunk, K kept ids of a position, M measures.
 """
@@ -29,7 +29,7 @@ NAMES = (
     "student_top",  # that id, where details were asked for
 )
 ENTROPY_STRIDE = 8
-"""In training the student's entropy is taken at every so-many-th position."""
+"""In training the student's entropy is taken at one position in so many."""
 
 
 @dataclass(frozen=True, kw_only=True)

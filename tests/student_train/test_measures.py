@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shared.models import OutputHead
-from student_train.fused_linear import FusedLoss, fused_linear_loss
+from student_train.fused_linear import FusedLoss, _entropy, fused_linear_loss
 from student_train.measures import ENTROPY_STRIDE, NAMES, step_numbers
 from student_train.objective import Objective
 from tests.student_train.references import Lesson, lesson
@@ -71,7 +71,7 @@ def test_a_tail_of_nothing_and_a_student_that_is_certain_have_an_entropy_of_0():
     assert torch.isfinite(values.values_MN).all()
 
 
-def test_in_training_every_eighth_position_has_an_entropy_and_their_mean_is_told():
+def test_in_training_one_position_in_eight_has_an_entropy_and_their_mean_is_told():
     hidden_ND, head, said, _ = taught(7)
     everywhere = loss_of(hidden_ND, head, said, detailed=True).measures
     some = loss_of(hidden_ND.requires_grad_(), head, said, detailed=False)
@@ -85,6 +85,17 @@ def test_in_training_every_eighth_position_has_an_entropy_and_their_mean_is_told
         float((everywhere.of("student_entropy") * weight_N).sum() / weight_N.sum()), rel=1e-5
     )
     assert 0 < told["kept_mass"] < 1
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 13, 16])
+def test_rows_of_one_length_have_their_entropy_taken_at_every_place(length: int):
+    """Where all replies have two tokens, every eighth position would be the first of one."""
+    _, taken_b = _entropy(torch.rand(8192, 3), stride=ENTROPY_STRIDE)
+    places = torch.arange(8192)[taken_b.bool()] % length
+    shares = torch.bincount(places, minlength=length) / len(places)
+    assert taken_b.sum() == 8192 / ENTROPY_STRIDE
+    assert shares.min() > 0.5 / length
+    assert shares.max() < 1.7 / length
 
 
 def test_without_a_teacher_nothing_is_told_of_one_and_a_sample_has_no_mass():
