@@ -4,12 +4,16 @@ A destination is asked for the digest of what lies there, so that nothing is sen
 A folder can only say by being read back: each file costs a read, once when it was sent and once when it is found there.
 """
 
+import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Protocol
 
-from shared.errors import DamagedDataError
-from shared.files import sha256_of_bytes
-from shared.folders import Folder
+from shared.dataset import CARD_NAME, DATA_FOLDER, TOKENIZER_FOLDER
+from shared.errors import ConfigError, DamagedDataError
+from shared.files import require_apart, sha256_of_bytes
+from shared.folders import Folder, LocalFolder
+from shared.manifest import MANIFEST_NAME, SHARD_PATH, UNSCORABLE_NAME
 
 SEND_AGAIN = "run the same command again: what arrived whole is not sent again"
 
@@ -19,6 +23,14 @@ class Destination(Protocol):
 
     name: str
     """What people call it: a path or URL."""
+
+    def claim(self, folder: Path) -> None:
+        """Make it ready for the dataset in `folder`.
+
+        Raises:
+            ConfigError: it cannot be one, such as a folder of other things.
+        """
+        ...
 
     def paths(self) -> set[str]:
         """All files there, but those of which a part of the path begins with a dot."""
@@ -63,6 +75,17 @@ class FolderDestination:
     def __init__(self, folder: Folder) -> None:
         self._folder, self.name = folder, folder.name
 
+    def claim(self, folder: Path) -> None:
+        if isinstance(self._folder, LocalFolder):
+            require_apart(folder, self._folder.path)
+            self._folder.claim([MANIFEST_NAME, DATA_FOLDER, TOKENIZER_FOLDER])
+            paths = self.paths()
+            others = sorted(path for path in paths if path != CARD_NAME and not is_of_a_dataset(path))
+            if others and MANIFEST_NAME not in paths:
+                raise ConfigError(
+                    f"{self.name} holds {others[0]}, which is no part of a dataset", next_step="give another folder"
+                )
+
     def paths(self) -> set[str]:
         return {path for path in self._folder.files() if not is_hidden(path)}
 
@@ -86,6 +109,12 @@ class FolderDestination:
 
     def settle(self) -> None:
         pass
+
+
+def is_of_a_dataset(path: str) -> bool:
+    """Is it a file such as datasets have, but manifest and card, whose names others use as well?"""
+    in_tokenizer = path.startswith(f"{TOKENIZER_FOLDER}/")
+    return in_tokenizer or path == UNSCORABLE_NAME or re.match(SHARD_PATH, path) is not None
 
 
 def is_hidden(path: str) -> bool:

@@ -45,6 +45,15 @@ def claim_folder(folder: Path, ours: Sequence[str]) -> None:
         ) from None
 
 
+def require_apart(one: Path, other: Path) -> None:
+    """Raises ConfigError where one of two folders lies in the other, whose files it would be among."""
+    outer, inner = sorted(
+        (Path(os.path.realpath(one)), Path(os.path.realpath(other))), key=lambda path: len(path.parts)
+    )
+    if inner != outer and inner.is_relative_to(outer):
+        raise ConfigError(f"{inner} lies in {outer}, of which it would be a part", next_step="give a folder beside it")
+
+
 def write_atomically(path: Path, data: bytes | memoryview, *, aside: Path | None = None) -> None:
     """Write `data` so that `path` never shows a part of it, also across a power cut.
 

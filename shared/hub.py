@@ -13,6 +13,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from shared.destination import SEND_AGAIN, is_hidden
@@ -62,6 +63,9 @@ class HubDestination:
         self._there = self._digests(None)
         self._waiting: dict[str, Any] = {}
         self._sent: dict[str, set[str]] = {}
+
+    def claim(self, folder: Path) -> None:
+        pass  # the repository is there since this was made
 
     def paths(self) -> set[str]:
         return {path for path in self._there if not is_hidden(path)}

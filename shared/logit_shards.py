@@ -60,9 +60,12 @@ def verify_command(dataset: str, deep: bool, as_json: bool) -> None:
         "rows": found.rows,
         "positions": found.positions,
         "faults": found.faults,
+        "card_is_new": found.card_is_new,
     }
-    whole = f"{dataset}: whole; {found.shards} shards, {found.rows:,} rows, {found.positions:,} positions read"
-    emit(result, found.faults or [whole], as_json=as_json)
+    whole = [f"{dataset}: whole; {found.shards} shards, {found.rows:,} rows, {found.positions:,} positions read"]
+    if found.card_is_new:
+        whole.append("  README.md was written anew since it was sealed")
+    emit(result, found.faults or whole, as_json=as_json)
     if found.faults:
         raise DamagedDataError(
             f"{dataset}: {len(found.faults)} fault{'s' * (len(found.faults) > 1)}",

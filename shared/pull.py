@@ -25,8 +25,8 @@ from shared.card import dataset_card
 from shared.dataset import CARD_NAME, LogitDataset, read_manifest_at
 from shared.dataset_cache import COPY_AGAIN, LOCKS_FOLDER, Origin
 from shared.errors import ConfigError, DamagedShardError, MismatchError
-from shared.files import TEMPORARY_PREFIX, claim_folder, sha256_of_bytes, write_atomically
-from shared.folders import open_folder
+from shared.files import TEMPORARY_PREFIX, claim_folder, require_apart, sha256_of_bytes, write_atomically
+from shared.folders import LocalFolder, open_folder
 from shared.manifest import MANIFEST_NAME, Event, Manifest, Shard, parse_manifest
 from shared.reseal import seal_anew
 from shared.shard_reader import checked_bytes, tables_of
@@ -84,11 +84,13 @@ class Source:
         """The dataset at `url`, whose files come to `output`.
 
         Raises:
-            ConfigError: nothing is known of such URLs.
+            ConfigError: nothing is known of such URLs, or one of the two lies in the other.
             OutputError: it cannot be reached.
             UnsealedDatasetError, UnknownVersionError, DamagedManifestError: it is no dataset that can be read.
         """
         remote = open_folder(url)
+        if isinstance(remote, LocalFolder):
+            require_apart(remote.path, output)
         data = read_manifest_at(remote)
         manifest = parse_manifest(data, f"{remote.name}/{MANIFEST_NAME}")
         return Source(origin=Origin(remote, output), manifest=manifest, manifest_data=data)

@@ -6,18 +6,17 @@ last of all; where another dataset is replaced, its manifest goes away first.  A
 what lies there: interrupted at any point, run it again.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from shared.dataset import CARD_NAME, COPY_TOKENIZER, LogitDataset
-from shared.destination import Destination, FolderDestination
+from shared.destination import Destination, FolderDestination, is_of_a_dataset
 from shared.errors import DamagedDataError, LogitferryError, MismatchError
 from shared.files import sha256_of_bytes, why_no_file
 from shared.folders import open_folder
 from shared.hub import HubDestination
-from shared.manifest import MANIFEST_NAME, SHARD_PATH, UNSCORABLE_NAME, parse_manifest
+from shared.manifest import MANIFEST_NAME, parse_manifest
 from shared.shard_reader import REPAIR
 
 REPLACE = "another destination, or the same command with --replace, which takes away what lies there"
@@ -61,12 +60,14 @@ def push(
     """Bring the dataset there; `on_file` is called after each of its files.
 
     Raises:
+        ConfigError: no dataset can be brought there; see `Destination.claim`.
         DamagedDataError: a file is not what the manifest says, here, or there after it was sent.
-        MismatchError: something else is there.
+        MismatchError: another dataset is there.
         OutputError: it cannot be reached or written.
     """
     manifest_data = (dataset.folder / MANIFEST_NAME).read_bytes()
     done = Pushed(destination=destination.name, identity=sha256_of_bytes(manifest_data))
+    destination.claim(dataset.folder)
     there = destination.paths()
     is_same = MANIFEST_NAME in there and destination.read(MANIFEST_NAME) == manifest_data
     paths = _paths(dataset)
@@ -112,7 +113,7 @@ def _what_is_in_the_way(dataset: LogitDataset, destination: Destination, there: 
     """
     if destination.has_dump():
         raise MismatchError(f"{destination.name}: a dump writes there", next_step="give another destination")
-    found = {path for path in there if path in _paths(dataset) or _is_of_a_dataset(path)}
+    found = {path for path in there if path in _paths(dataset) or is_of_a_dataset(path)}
     if MANIFEST_NAME in there:
         found.add(MANIFEST_NAME)
         try:
@@ -121,10 +122,6 @@ def _what_is_in_the_way(dataset: LogitDataset, destination: Destination, there: 
         except LogitferryError:
             pass
     return found - {CARD_NAME}
-
-
-def _is_of_a_dataset(path: str) -> bool:
-    return path == UNSCORABLE_NAME or path.startswith("tokenizer/") or re.match(SHARD_PATH, path) is not None
 
 
 def _paths(dataset: LogitDataset) -> dict[str, str]:

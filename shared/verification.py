@@ -1,8 +1,7 @@
 """Is a dataset what was written?  Every fault, not only the first.
 
-By default the digest of every file and what the footers say (but of the card only that it is there: people write it
-anew); `deep` also decodes every value and asks whether the
-distributions are those of the tokens beside them.
+By default the digest of every file and what the footers say; `deep` also decodes every value and asks whether the
+distributions are those of the tokens beside them.  A card that was written anew, as people do, is told and no fault.
 """
 
 from collections.abc import Callable
@@ -31,12 +30,16 @@ class Verification:
     faults: list[str] = field(default_factory=list)
     damaged_shards: list[str] = field(default_factory=list)
     """Paths of those with a fault of their own."""
+    card_is_new: bool = False
+    """Whether the card is another than the dataset was sealed with."""
 
 
 def verify(dataset: LogitDataset, *, deep: bool, on_shard: Callable[[], None] = lambda: None) -> Verification:
     """Read every byte of the dataset; `on_shard` is called after each shard."""
     manifest, found = dataset.manifest, Verification()
     found.faults += _faults_of_other_files(dataset)
+    card = dataset.folder / CARD_NAME
+    found.card_is_new = not why_no_file(dataset.folder, card) and sha256_of_file(card) != manifest.files.get(CARD_NAME)
     seen: set[str] = set()
     for index, shard in enumerate(manifest.shards):
         faults: list[str] = []

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError, LogitferryError, UnknownVersionError, UnsealedDatasetError
+from shared.logit_shards import cli
 from shared.shard_writer import Storage, encode_shard
 from shared.verification import verify
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
@@ -74,9 +76,14 @@ def test_verify_names_each_damage(damage: Callable[[Path], Any], named: str, cop
     assert named in faults(copy)
 
 
-def test_a_card_that_was_written_anew_is_no_damage(copy: Path):
+def test_a_card_that_was_written_anew_is_told_and_no_damage(copy: Path):
+    assert not verify(LogitDataset.open(copy), deep=False).card_is_new
     (copy / "README.md").write_text("# What we changed on the Hub")
-    assert faults(copy) == ""
+    found = verify(LogitDataset.open(copy), deep=False)
+    assert (found.card_is_new, found.faults) == (True, [])
+    result = CliRunner().invoke(cli, ["verify", str(copy)])
+    assert "README.md was written anew since it was sealed" in result.output
+    assert json.loads(CliRunner().invoke(cli, ["verify", str(copy), "--json"]).output)["card_is_new"] is True
 
 
 def test_verify_reports_every_fault_at_once(copy: Path):

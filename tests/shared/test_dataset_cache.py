@@ -8,15 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 
 from shared.dataset import LogitDataset
 from shared.dataset_cache import default_cache
 from shared.errors import ConfigError, DamagedDataError, DamagedManifestError, OutputError, UnsealedDatasetError
-from shared.folders import RemoteFolder
 from tests.shared.made_datasets import made_rows, write_dataset
+from tests.shared.stores import memory_store
 
 URL = "memory://bucket/my-dump"
 
@@ -29,28 +28,8 @@ def local(tmp_path: Path) -> LogitDataset:
 
 @pytest.fixture
 def store(local: LogitDataset) -> Iterator[Any]:
-    """The dataset in an object store, and what is read of it."""
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    for path in local.folder.rglob("*"):
-        if path.is_file():
-            fs.pipe_file(f"/bucket/my-dump/{path.relative_to(local.folder)}", path.read_bytes())
-    yield fs
-    fs.store.clear()
-
-
-@pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paths of the files that are fetched whole."""
-    paths: list[str] = []
-    read = RemoteFolder.read
-
-    def recorded(self: RemoteFolder, path: str) -> bytes:
-        paths.append(path)
-        return read(self, path)
-
-    monkeypatch.setattr(RemoteFolder, "read", recorded)
-    return paths
+    with memory_store("bucket/my-dump", local.folder) as found:
+        yield found
 
 
 def shards(paths: list[str]) -> list[str]:

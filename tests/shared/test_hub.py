@@ -18,6 +18,7 @@ from shared.dataset import LogitDataset
 from shared.verification import verify
 from tests.shared.hub_server import TOKEN, Hub, hub_server
 from tests.shared.made_datasets import made_rows, write_dataset
+from tests.shared.stores import files_of
 
 URL = "hf://datasets/org/name"
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -80,10 +81,6 @@ def run(start: Callable[..., subprocess.Popen[str]]) -> Run:
         return subprocess.CompletedProcess([], process.returncode, output, errors)
 
     return ran
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def shards_in(uploads: list[str]) -> list[str]:

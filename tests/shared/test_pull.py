@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 from click.testing import CliRunner
 
 from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError, LogitferryError, MismatchError, UnsealedDatasetError
-from shared.folders import RemoteFolder
 from shared.licences import licences_in
 from shared.logit_shards import cli
 from shared.pull import Part, Pulled, Source, a_share, part_of, pull, some_shards
@@ -21,6 +19,7 @@ from shared.verification import verify
 from tests.killed import killed_at
 from tests.shared.made_datasets import made_rows, write_dataset
 from tests.shared.made_rows import assert_same_rows
+from tests.shared.stores import files_of, memory_store
 
 URL = "memory://bucket/my-dump"
 SHARD = "data/part-00001.parquet"
@@ -36,29 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> LogitDataset:
 
 @pytest.fixture
 def store(made: LogitDataset) -> Iterator[Any]:
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    for path, data in files_of(made.folder).items():
-        fs.pipe_file(f"/bucket/my-dump/{path}", data)
-    yield fs
-    fs.store.clear()
-
-
-@pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    paths: list[str] = []
-    read = RemoteFolder.read
-
-    def recorded(self: RemoteFolder, path: str) -> bytes:
-        paths.append(path)
-        return read(self, path)
-
-    monkeypatch.setattr(RemoteFolder, "read", recorded)
-    return paths
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with memory_store("bucket/my-dump", made.folder) as found:
+        yield found
 
 
 def rows_of(dataset: LogitDataset) -> list[LogitRow]:
@@ -235,6 +213,14 @@ def test_of_a_dataset_that_lacks_shards_no_part_is_pulled(store: Any, tmp_path: 
     with pytest.raises(MismatchError, match="1 shards are missing"):
         here(tmp_path / "out", share=0.5)
     assert here(tmp_path / "whole").shards == 3
+
+
+def test_into_its_own_source_nothing_is_pulled(made: LogitDataset):
+    before = files_of(made.folder)
+    for folder in (made.folder / "copy", made.folder / "data", made.folder.parent):
+        with pytest.raises(ConfigError, match=r"lies in .*of which it would be a part"):
+            here(folder, str(made.folder), share=0.5)
+    assert files_of(made.folder) == before
 
 
 @pytest.mark.parametrize("url", ["memory://bucket/nowhere", "s4://bucket/x", "/nowhere/at/all"])

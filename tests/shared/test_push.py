@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 from click.testing import CliRunner
 
@@ -18,6 +17,7 @@ from shared.push import Pushed, open_destination, push
 from shared.verification import verify
 from tests.killed import killed_at
 from tests.shared.made_datasets import made_rows, write_dataset
+from tests.shared.stores import files_of, memory_store
 
 URL = "memory://bucket/my-dump"
 ORDER = [*(f"data/part-0000{n}.parquet" for n in range(3)), "tokenizer/tokenizer.json", "README.md", "manifest.json"]
@@ -35,10 +35,8 @@ def other(tmp_path: Path) -> LogitDataset:
 
 @pytest.fixture
 def store() -> Iterator[Any]:
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    yield fs
-    fs.store.clear()
+    with memory_store("bucket/my-dump") as found:
+        yield found
 
 
 @pytest.fixture
@@ -62,17 +60,12 @@ def held(store: Any) -> dict[str, bytes]:
     return {path.removeprefix("/bucket/my-dump/"): store.cat_file(path) for path in store.find("/bucket/my-dump")}
 
 
-def files_of(dataset: LogitDataset) -> dict[str, bytes]:
-    paths = (path for path in dataset.folder.rglob("*") if path.is_file())
-    return {path.relative_to(dataset.folder).as_posix(): path.read_bytes() for path in paths}
-
-
 def test_push_sends_every_file_the_manifest_last_and_none_twice(local: LogitDataset, store: Any, written: list[str]):
     done = to(local)
     assert written == ORDER
     assert (done.sent, done.kept, done.removed) == (6, 0, 0)
-    assert done.sent_bytes == sum(map(len, files_of(local).values()))
-    assert held(store) == files_of(local)
+    assert done.sent_bytes == sum(map(len, files_of(local.folder).values()))
+    assert held(store) == files_of(local.folder)
     assert (again := to(local)).sent == 0
     assert again.kept == 5
     assert len(written) == 6
@@ -90,7 +83,7 @@ def test_what_was_cut_goes_on_where_it_was(
         LogitDataset.open(URL)
     to(local)
     assert written == ORDER
-    assert held(store) == files_of(local)
+    assert held(store) == files_of(local.folder)
 
 
 def test_killed_at_any_step_a_push_to_a_folder_is_no_dataset_and_goes_on(local: LogitDataset, tmp_path: Path):
@@ -101,8 +94,8 @@ def test_killed_at_any_step_a_push_to_a_folder_is_no_dataset_and_goes_on(local: 
         if (there / "manifest.json").exists():
             assert verify(LogitDataset.open(there), deep=False).faults == []
         to(local, str(there))
-        assert {path: data for path, data in files_of(LogitDataset.open(there)).items() if "writing" not in path} == (
-            files_of(local)
+        assert {path: data for path, data in files_of(there).items() if "writing" not in path} == (
+            files_of(local.folder)
         )
         step += 5
     assert step > 30
@@ -134,7 +127,7 @@ def test_what_was_damaged_there_is_mended(local: LogitDataset, store: Any, writt
     store.pipe_file(f"/bucket/my-dump/{ORDER[2]}", b"rot")
     assert to(local).sent == 1
     assert written[6:] == [ORDER[2]]
-    assert held(store) == files_of(local)
+    assert held(store) == files_of(local.folder)
 
 
 def test_a_new_card_is_sent_to_the_same_dataset(local: LogitDataset, store: Any, written: list[str]):
@@ -153,7 +146,7 @@ def test_another_dataset_is_replaced_only_where_that_is_said(local: LogitDataset
     assert held(store) == before
     done = to(other, replace=True)
     assert done.removed == 1, "the third shard"
-    assert held(store) == files_of(other)
+    assert held(store) == files_of(other.folder)
 
 
 def test_half_of_another_dataset_is_not_written_over_either(local: LogitDataset, other: LogitDataset, store: Any):
@@ -174,7 +167,7 @@ def test_cut_while_it_replaces_there_is_neither_dataset(local: LogitDataset, oth
         to(other, replace=True, on_file=stop)
     assert "manifest.json" not in held(store)
     to(other, replace=True)
-    assert held(store) == files_of(other)
+    assert held(store) == files_of(other.folder)
 
 
 def test_what_is_no_part_of_a_dataset_is_left_alone(local: LogitDataset, other: LogitDataset, store: Any):
@@ -182,7 +175,37 @@ def test_what_is_no_part_of_a_dataset_is_left_alone(local: LogitDataset, other: 
     store.pipe_file("/bucket/my-dump/.git/config", b"ours")
     to(local)
     to(other, replace=True)
-    assert set(held(store)) - set(files_of(other)) == {"notes.txt", ".git/config"}
+    assert set(held(store)) - set(files_of(other.folder)) == {"notes.txt", ".git/config"}
+
+
+def test_into_a_dataset_nor_around_one_none_is_pushed(local: LogitDataset, other: LogitDataset):
+    before = files_of(local.folder)
+    for inside in (local.folder / "copy", local.folder / "data", local.folder / "x/.." / "data/there"):
+        with pytest.raises(ConfigError, match=r"lies in .*of which it would be a part"):
+            to(local, str(inside))
+    with pytest.raises(ConfigError, match=r"lies in .*of which it would be a part"):
+        to(local, str(local.folder.parent))
+    assert files_of(local.folder) == before
+    assert to(local, str(local.folder)).sent == 0, "onto itself there is nothing to do"
+
+
+@pytest.mark.parametrize("theirs", ["README.md", "notes.txt", "data/prices.csv"])
+def test_a_folder_of_other_things_is_not_written_to(theirs: str, local: LogitDataset, tmp_path: Path):
+    file = tmp_path / "project" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_text("ours")
+    with pytest.raises(ConfigError, match=r"not ours to write to|no part of a dataset") as refused:
+        to(local, str(tmp_path / "project"))
+    assert refused.value.next_step
+    assert [path for path in (tmp_path / "project").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "ours"
+
+
+def test_a_file_is_no_destination(local: LogitDataset, tmp_path: Path):
+    (tmp_path / "there").write_text("ours")
+    with pytest.raises(ConfigError, match="is a file, not a folder") as refused:
+        to(local, str(tmp_path / "there"))
+    assert refused.value.next_step
 
 
 def test_where_a_dump_writes_nothing_is_pushed(local: LogitDataset, store: Any):
@@ -197,7 +220,7 @@ def test_a_damaged_manifest_there_is_another_dataset(local: LogitDataset, store:
     with pytest.raises(MismatchError, match="another dataset is there"):
         to(local)
     to(local, replace=True)
-    assert held(store) == files_of(local)
+    assert held(store) == files_of(local.folder)
 
 
 def test_push_says_what_it_did(local: LogitDataset, tmp_path: Path):
@@ -228,7 +251,7 @@ def test_a_dataset_in_a_cache_of_the_hub_is_read_and_pushed(local: LogitDataset,
     """Its files are links to blobs beside the snapshots; links to anywhere else are refused as ever."""
     home = tmp_path / "datasets--org--name"
     snapshot = home / "snapshots/0123"
-    for number, (path, data) in enumerate(files_of(local).items()):
+    for number, (path, data) in enumerate(files_of(local.folder).items()):
         blob = home / f"blobs/{number}"
         blob.parent.mkdir(parents=True, exist_ok=True)
         blob.write_bytes(data)
@@ -238,7 +261,7 @@ def test_a_dataset_in_a_cache_of_the_hub_is_read_and_pushed(local: LogitDataset,
     assert verify(dataset, deep=True).faults == []
     assert len(dataset.read_shard(0)) == 4
     to(dataset, str(tmp_path / "there"))
-    assert files_of(LogitDataset.open(tmp_path / "there")) == files_of(local)
+    assert files_of(tmp_path / "there") == files_of(local.folder)
     (snapshot / ORDER[0]).unlink()
     shutil.copy(local.folder / ORDER[0], home / "elsewhere")
     (snapshot / ORDER[0]).symlink_to(home / "elsewhere")

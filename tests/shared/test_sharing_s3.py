@@ -17,6 +17,7 @@ from shared.verification import verify
 from tests.killed import killed_at
 from tests.s3_server import Store, s3_server, traced_requests
 from tests.shared.made_datasets import made_rows, write_dataset
+from tests.shared.stores import files_of
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCY"
 ROOT = Path(__file__).parents[2]
@@ -45,10 +46,6 @@ def run(*arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
     )
     assert SECRET not in done.stdout + done.stderr
     return done
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def times_written(store: Store, prefix: str) -> Counter[str]:

@@ -1,11 +1,11 @@
 """What a run trains on: several datasets by weight, each at the temperature of the loss, and what is held out."""
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -14,6 +14,7 @@ from shared.errors import ConfigError, DamagedDataError, MismatchError
 from student_train.config import TrainSettings
 from student_train.train import Trainer
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
+from tests.shared.stores import memory_store
 from tests.student_train.test_train import log_of, settings
 from tests.tiny import make_model, make_tokenizer
 
@@ -218,12 +219,13 @@ def test_mixes_that_say_nothing_clear_are_refused(data: dict[str, Any], message:
         TrainSettings.model_validate(tree)
 
 
-def test_a_student_trains_from_a_url_as_from_a_folder(student_folder: Path, rollouts: Path, tmp_path: Path):
-    fs: Any = fsspec.filesystem("memory")
-    fs.store.clear()
-    for path in rollouts.rglob("*"):
-        if path.is_file():
-            fs.pipe_file(f"/rollouts/{path.relative_to(rollouts)}", path.read_bytes())
+@pytest.fixture
+def store(rollouts: Path) -> Iterator[Any]:
+    with memory_store("rollouts", rollouts) as found:
+        yield found
+
+
+def test_a_student_trains_from_a_url_as_from_a_folder(student_folder: Path, rollouts: Path, store: Any, tmp_path: Path):
     cached = {"data__cache": str(tmp_path / "cache")}
     here = settings(student_folder, tmp_path / "here", data__dataset=str(rollouts), rows_per_step=4)
     there = settings(student_folder, tmp_path / "there", data__dataset="memory://rollouts", rows_per_step=4, **cached)
@@ -237,11 +239,10 @@ def test_a_student_trains_from_a_url_as_from_a_folder(student_folder: Path, roll
     Trainer(mended).run()
     assert [e["loss"] for e in log_of(tmp_path / "mended") if "loss" in e] == losses[0]
     path = "/rollouts/data/part-00001.parquet"
-    fs.pipe_file(path, fs.cat_file(path)[:-9] + b"not equal")
+    store.pipe_file(path, store.cat_file(path)[:-9] + b"not equal")
     for shard in (tmp_path / "cache").rglob("part-00001.parquet"):
         shard.unlink()
     with pytest.raises((DamagedDataError, ConfigError), match=r"memory://rollouts/data/part-00001\.parquet"):
         Trainer(
             settings(student_folder, tmp_path / "never", data__dataset="memory://rollouts", rows_per_step=4, **cached)
         ).run()
-    fs.store.clear()

@@ -22,6 +22,7 @@ from teacher_dump.status import status
 from tests.data import dump_settings
 from tests.killed import Steps, killed_at
 from tests.s3_server import Store, s3_server, traced_requests
+from tests.shared.stores import files_of
 
 
 def as_local(files: dict[str, bytes], folder: Path) -> LogitDataset:
@@ -30,10 +31,6 @@ def as_local(files: dict[str, bytes], folder: Path) -> LogitDataset:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return LogitDataset.open(folder)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_dump_from_and_to_memory_is_the_one_of_this_machine(

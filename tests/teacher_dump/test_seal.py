@@ -23,11 +23,8 @@ from teacher_dump.dump import run_dump
 from teacher_dump.ledger import Ledger
 from teacher_dump.seal import seal, unseal
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
+from tests.shared.stores import files_of
 from tests.tiny import make_model, make_tokenizer
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
