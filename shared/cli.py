@@ -150,7 +150,7 @@ def run_command(group: click.Command) -> None:
         error.show()
         code = error.exit_code
     except LogitferryError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {error.told()}", err=True)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         code = INTERRUPTED_EXIT_CODE
@@ -161,7 +161,7 @@ def run_command(group: click.Command) -> None:
         click.echo(f"error: {error}\n  next: pip install 'logitferry[torch]'", err=True)
         code = 2
     except (MemoryError, OSError) as error:
-        click.echo(f"error: {type(error).__name__}: {error}", err=True)
+        click.echo(f"error: {type(error).__name__}: {error}\n  next: {LogitferryError.usual_step}", err=True)
         code = 1
     except Exception as error:
         # A mistake of ours or of a library.  The traceback helps whoever mends it, not whoever meets it.

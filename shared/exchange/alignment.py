@@ -49,11 +49,19 @@ class Alignment:
         lists = max(self.lists, 1)
         return {
             f"{offset}": {
-                "share_in_list": round(self.hits[n] / lists, 4),
-                "mean_logprob": round(self.logp[n] / lists, 4),
+                "share_in_list": round(float(self.hits[n]) / lists, 4),
+                "mean_logprob": round(float(self.logp[n]) / lists, 4),
             }
             for n, offset in enumerate(OFFSETS)
         }
+
+    def lines(self) -> str:
+        """For people: the same."""
+        return "\n".join(
+            f"  token i{int(offset):+d}: in {found['share_in_list']:.1%} of the lists, "
+            f"mean log p {found['mean_logprob']:.2f}"
+            for offset, found in self.summary().items()
+        )
 
     def is_telling(self, offset: int) -> bool:
         """Whether the offset is clearly better than all others."""
@@ -65,14 +73,9 @@ class Alignment:
         mine, best = OFFSETS.index(offset), int(self.hits.argmax())
         if best == mine or not self._is_clearly_better(best, mine):
             return
-        found = self.summary()
-        lines = "\n".join(
-            f"  token i{offset:+d}: in {each['share_in_list']:.1%} of the lists, mean log p {each['mean_logprob']:.2f}"
-            for offset, each in zip(OFFSETS, found.values(), strict=True)
-        )
         raise MismatchError(
             f"{where}: the list at index i was to be about token i{offset:+d}, but it is about token "
-            f"i{OFFSETS[best]:+d}; of {self.lists} lists\n{lines}",
+            f"i{OFFSETS[best]:+d}; of {self.lists} lists\n{self.lines()}",
             next_step=f"import with --offset {OFFSETS[best]}",
         )
 

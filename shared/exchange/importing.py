@@ -98,6 +98,8 @@ def import_dataset(
         ConfigError: the output is taken, or no token of all rows has a list.
     """
     tokenizer.require_within(settings.vocab_size)
+    if output.resolve() == Path.cwd():
+        raise ConfigError(f"output {output}: is the folder that you are in, and is made anew", next_step="name another")
     claim_folder(output, [])
     aside = output.with_name(f".{output.name}.importing")
     shutil.rmtree(aside, ignore_errors=True)
@@ -116,9 +118,10 @@ def import_dataset(
             )
         if not found.alignment.is_telling(settings.offset):
             logger.warning(
-                "alignment: too little to tell by that offset %d is the right one: %s",
+                "alignment: too little to tell by that offset %d is the right one; of %d lists\n%s",
                 settings.offset,
-                found.alignment.summary(),
+                found.alignment.lists,
+                found.alignment.lines(),
             )
         _seal(aside, tokenizer, settings, found, shards, files)
         sync_tree(aside)

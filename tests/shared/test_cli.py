@@ -21,6 +21,7 @@ from shared.dataset import LogitDataset
 from shared.errors import (
     ConfigError,
     DamagedDataError,
+    LogitferryError,
     MismatchError,
     NonFiniteError,
     RecordError,
@@ -189,14 +190,14 @@ def test_cli_exit_codes_reach_the_shell(tmp_path, dumped):
     [
         (ConfigError("bad key", next_step="mend it"), 2, "error: bad key\n  next: mend it\n"),
         (click.UsageError("no such option"), 2, "Error: no such option\n"),
-        (RecordError("a.jsonl:3: no"), 3, "error: a.jsonl:3: no\n"),
+        (RecordError("a.jsonl:3: no"), 3, "error: a.jsonl:3: no\n  next: "),
         (DamagedDataError("flipped bit", next_step="copy it again"), 3, "error: flipped bit\n  next: copy it again\n"),
         (UnsealedDatasetError("no manifest", next_step="finish"), 3, "error: no manifest\n  next: finish\n"),
-        (UnknownVersionError("version 9"), 4, "error: version 9\n"),
-        (MismatchError("two tokenizers"), 4, "error: two tokenizers\n"),
-        (NonFiniteError("NaN at step 3"), 1, "error: NaN at step 3\n"),
-        (OSError(28, "No space left on device"), 1, "error: OSError: [Errno 28] No space left on device\n"),
-        (MemoryError("19 GiB"), 1, "error: MemoryError: 19 GiB\n"),
+        (UnknownVersionError("version 9"), 4, "error: version 9\n  next: "),
+        (MismatchError("two tokenizers"), 4, "error: two tokenizers\n  next: "),
+        (NonFiniteError("NaN at step 3"), 1, "error: NaN at step 3\n  next: "),
+        (OSError(28, "No space left on device"), 1, "error: OSError: [Errno 28] No space left on device\n  next: "),
+        (MemoryError("19 GiB"), 1, "error: MemoryError: 19 GiB\n  next: "),
         (ModuleNotFoundError("No module named 'torch'"), 2, "next: pip install 'logitferry[torch]'\n"),
         (ZeroDivisionError("ours"), 1, "next: run again with LOGITFERRY_TRACEBACK=1 and report what it prints\n"),
         (KeyboardInterrupt(), 75, "interrupted\n  next: run the same command again\n"),
@@ -215,7 +216,19 @@ def test_cli_exit_code_says_what_happened(run, error, code, says):
     got, output, errors = run(lambda: run_command(group), "fail")
     assert got == code
     assert output == ""
-    assert errors.lstrip().endswith(says)
+    assert says in errors
+    assert errors.rpartition(says)[2].count("\n") == says.endswith("next: ")
+
+
+def kinds_of(error: type[LogitferryError]) -> list[type[LogitferryError]]:
+    return [error, *(kind for below in error.__subclasses__() for kind in kinds_of(below))]
+
+
+def test_every_error_ends_in_what_to_do_next():
+    for kind in kinds_of(LogitferryError):
+        assert kind("what").told() == f"what\n  next: {kind.usual_step}"
+        assert kind("what", next_step="this").told() == str(kind("what", next_step="this")) == "what\n  next: this"
+    assert str(RecordError("what")) == "what", "as a part of another message it is short"
 
 
 def test_cli_says_interrupted_also_where_the_signal_came_within_an_exec(tmp_path):

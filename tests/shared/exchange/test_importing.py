@@ -80,10 +80,20 @@ def test_lists_that_were_moved_the_other_way_are_found_as_well(columns, tmp_path
     assert "next: import with --offset -1" in err
 
 
+def test_the_folder_that_one_is_in_is_no_output(tmp_path, import_into, monkeypatch):
+    file = lines(tmp_path / "a.jsonl", one())
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    code, _, err = import_into(file, "--output", ".")
+    assert code == 2
+    assert "is the folder that you are in" in err
+    assert "next: " in err
+
+
 def test_too_little_to_tell_is_said_and_imported(tmp_path, import_into):
     code, _, err = import_into(lines(tmp_path / "a.jsonl", one()))
     assert code == 0, err
-    assert "too little to tell" in err
+    assert "too little to tell by that offset 1 is the right one; of 1 lists\n  token i-1: in " in err
     (row,) = all_rows(LogitDataset.open(tmp_path / "new"))
     assert row.sample_id == "a.jsonl:0"
     assert row.teacher.kept_ids_E.tolist() == [1, 3, 2, 4]
