@@ -32,7 +32,7 @@ from student_train.asked import as_asked
 from student_train.data_config import SourceSettings
 from student_train.facts import Facts
 from student_train.source_protocol import Manners, Source
-from student_train.vocabulary import FirstRows, Vocabulary, vocabulary_of
+from student_train.vocabulary import FirstRows, Vocabulary, cut_otherwise, vocabulary_of
 
 logger = logging.getLogger("logitferry")
 
@@ -54,6 +54,8 @@ class DatasetSource:
     student's own tail."""
     mapped: FirstRows | None = None
     """What was found of the first rows where they are mapped by token."""
+    cut_otherwise: str | None = None
+    """For people: that the student's tokenizer, which is the same, cuts text into other tokens; see `vocabulary`."""
     temperature: float | None = 1.0
     """That the teacher's tails are read at; None leaves the teacher out."""
     context_tokens: int | None = None
@@ -297,11 +299,18 @@ def _checked(
         context_tokens=limit,
         truncate=settings.on_too_long == "truncate",
     )
+
+    def first_rows() -> list[LogitRow]:
+        return dataset.read_shard(0)[:LOOKED_ROWS] if manifest.shards else []
+
+    is_same = vocabulary is None or vocabulary.is_same_tokenizer
+    if is_same and (said := cut_otherwise(first_rows, dataset.tokenizer(), tokenizer)):
+        logger.warning("%s: %s", name, said)
+        source = replace(source, cut_otherwise=said)
     if vocabulary is not None:
         logger.info("%s: %s", name, vocabulary.line())
-        if not vocabulary.is_same_tokenizer:
-            rows = dataset.read_shard(0)[:LOOKED_ROWS] if manifest.shards else []
-            mapped = FirstRows.of(rows, vocabulary, dataset.tokenizer(), tokenizer)
+        if not is_same:
+            mapped = FirstRows.of(first_rows(), vocabulary, dataset.tokenizer(), tokenizer)
             logger.log(logging.WARNING if mapped.is_cut_otherwise else logging.INFO, "%s: %s", name, mapped.line())
             source = replace(source, mapped=mapped)
     return _without_misfits(source, drops_unknown=settings.map_vocabulary == "drop")

@@ -31,7 +31,7 @@ Shapes: V ids of the dataset, L tokens of a row, E kept entries.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any
@@ -208,7 +208,7 @@ def why_no_family(theirs: Tokenizer, ours: Tokenizer) -> str | None:
     types = one["model"]["type"], other["model"]["type"]
     if types != ("BPE", "BPE"):
         return f"both must be BPE, the dataset's is {types[0]} and the student's {types[1]}"
-    for name, of in (("options", _options), ("normalizers", _normalizer), ("pre-tokenizers", _pre_tokenizer)):
+    for name, of in PARTS:
         if of(one) != of(other):
             return f"their {name} differ"
     our_tokens, added = other["model"]["vocab"], _added(ours)
@@ -224,6 +224,23 @@ def why_no_family(theirs: Tokenizer, ours: Tokenizer) -> str | None:
         if added.get(token, found) != found:
             return f"the added token {token!r} is found with other white space around it, or in other text"
     return None
+
+
+def cut_otherwise(rows: Callable[[], Sequence[LogitRow]], theirs: Tokenizer, ours: Tokenizer) -> str | None:
+    """Of two tokenizers with the same tokens and merges: does ours cut the text of rows otherwise?
+
+    For people; None where it does not, and without reading rows where nothing says that it could.
+    """
+    one, other = (json.loads(each.to_str()) for each in (theirs, ours))
+    unlike = [name for name, of in PARTS if of(one) != of(other)]
+    looked = rows() if unlike else []
+    others = sum(not _cut_alike(theirs, ours, row) for row in looked)
+    if not others:
+        return None
+    return (
+        f"the student's tokenizer has the same tokens, but other {' and '.join(unlike)}: it cuts {others} of the first "
+        f"{len(looked)} rows into other tokens than it would learn from here"
+    )
 
 
 def _cut_alike(theirs: Tokenizer, ours: Tokenizer, row: LogitRow) -> bool:
@@ -253,6 +270,10 @@ def _without_offsets(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {name: _without_offsets(value) for name, value in tree.items() if name != "trim_offsets"}
     return tree
+
+
+PARTS = (("options", _options), ("normalizers", _normalizer), ("pre-tokenizers", _pre_tokenizer))
+"""What of a tokenizer, beside tokens and merges, decides into which tokens a text is cut."""
 
 
 def _merges(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:

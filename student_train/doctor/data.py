@@ -99,6 +99,9 @@ def _open(of: SourceSettings, data: DataSettings, settings: TrainSettings, opene
     if source.mapped is not None and source.mapped.is_cut_otherwise:
         mend = "give the teacher the tokens that such rows spell out, and dump again; or take them from the student"
         return source, ("warning", found, mend)
+    if source.cut_otherwise:
+        mend = f"give the student the tokenizer of the dataset: it lies in {source.name}/tokenizer"
+        return source, ("warning", f"{found}; {source.cut_otherwise}", mend)
     return source, ("ok", found)
 
 

@@ -28,7 +28,7 @@ from student_train.sources import UNKNOWN_TOKEN, open_source
 from student_train.train import Trainer
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.examined import of
-from tests.kin import extended, give_tokenizer, moved, with_moved_rows
+from tests.kin import edited, extended, give_tokenizer, moved, with_moved_rows
 from tests.shared.made_datasets import write_dataset
 from tests.student_train.test_resume import interrupt_in_step
 from tests.student_train.test_train import log_of, settings
@@ -352,6 +352,27 @@ def test_thoughts_between_tags_that_are_tokens_of_the_student_alone_are_found(te
     (found,) = of("data", examine(settings(thinker, tmp_path / "out", data=data)))
     assert found.verdict == "warning", found
     assert "give the teacher the tokens that such rows spell out" in str(found.next_step)
+
+
+def test_the_same_tokens_that_cut_text_otherwise_are_told(
+    teacher: Path, plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """No id differs, so it is no other tokenizer, but the student will read other tokens than it learnt from."""
+    theirs = load_tokenizer(ModelSettings(model=str(teacher)))
+    data = {"dataset": str(plain)}
+    changes = {"type": "Replace", "pattern": {"String": "e"}, "content": "a"}
+    for name, normalizer in (("other", changes), ("same", None)):  # None is as good as NFC here
+        tokenizer = edited(theirs.backend_tokenizer, lambda tree, to=normalizer: tree.update(normalizer=to))
+        own = give_tokenizer(tmp_path / name, tokenizer, theirs)
+        caplog.clear()
+        source: Any = open_source(DataSettings(**data), own, vocab_size=307, context_tokens=512)
+        assert len(rows_of(source)) == NUM_RECORDS
+        run = settings(teacher, tmp_path / "out", data=data, student__tokenizer=str(tmp_path / name))
+        (found,) = of("data", examine(run))
+        said = "has the same tokens, but other normalizers: it cuts 7 of the first 7 rows into other tokens"
+        assert (said in caplog.text) is (said in found.found) is (name == "other")
+        assert found.verdict == ("warning" if name == "other" else "ok")
+        assert (f"{plain}/tokenizer" in str(found.next_step)) is (name == "other")
 
 
 def test_padding_alone_needs_no_setting_and_is_told(teacher: Path, plain: Path, tmp_path: Path):
