@@ -57,7 +57,7 @@ def evaluate(
 def _look(student: Student, selection: Selection, tally: "_Tally", ranks: Ranks, interruption: Interruption) -> bool:
     """All rows of one selection; False where one of the ranks asks to end it."""
     source = selection.source
-    objective = Objective(kd_weight=0.0, tail="none" if source.is_sampled else "bucket")
+    objective = Objective(kd_weight=0.0, tail=source.tail)
     maker = student.pass_maker(objective, longest_row=source.longest_row, ranks=ranks)
     batches, error = selection.in_order(EVALUATE_ROWS), None
     while True:
@@ -134,7 +134,7 @@ class _Tally:
         (rows, positions), sums_M, bins, masses = np.split(np.array(ranks.sums(np.concatenate(parts).tolist())), ends)
         _require_finite(sums_M, self.worst)
         has_teacher = self.has_teacher
-        has_masses = has_teacher and not any(selection.source.is_sampled for selection in selections)
+        has_masses = has_teacher and all(selection.source.tail == "bucket" for selection in selections)
         calibration, ece = _calibration(bins.reshape(3, NUM_BINS))
         text = TokenText(student.tokenizer.backend_tokenizer)
         own = [seen.described(text, has_teacher=has_teacher).model_dump() for *_, seen in self.worst]

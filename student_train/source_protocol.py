@@ -9,6 +9,7 @@ import pyarrow as pa
 from shared.rows import Bool, Row
 from student_train.data_config import Manner
 from student_train.facts import Facts
+from student_train.objective import Tail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,9 @@ class Source(Protocol):
         ...
 
     @property
-    def is_sampled(self) -> bool:
-        """Are the teacher's kept ids a sample with weights?"""
+    def tail(self) -> Tail:
+        """How far it is known what the teacher said: `none` of a sample with weights, which has no tail; `renormalise`
+        of kept ids alone, where the tail was normalised away; otherwise `bucket`."""
         ...
 
     @property

@@ -31,6 +31,7 @@ from shared.text_rows import Tally, TextRows
 from student_train.asked import as_asked
 from student_train.data_config import SourceSettings
 from student_train.facts import Facts
+from student_train.objective import Tail
 from student_train.source_protocol import Manners, Source
 from student_train.vocabulary import FirstRows, Vocabulary, cut_otherwise, vocabulary_of
 
@@ -77,8 +78,9 @@ class DatasetSource:
         return list(self.dataset.manifest.temperatures)
 
     @property
-    def is_sampled(self) -> bool:
-        return not self.dataset.manifest.row_format.has_tails
+    def tail(self) -> Tail:
+        manifest = self.dataset.manifest
+        return "none" if not manifest.row_format.has_tails else "renormalise" if manifest.tail_is_unknown else "bucket"
 
     @property
     def in_pieces(self) -> Sequence[str]:
@@ -90,7 +92,7 @@ class DatasetSource:
         return longest if self.context_tokens is None else min(longest, self.context_tokens)
 
     def at(self, temperature: float | None) -> "DatasetSource":
-        if temperature is not None and self.is_sampled and self.vocabulary is not None and self.vocabulary.lacking:
+        if temperature is not None and self.tail == "none" and self.vocabulary is not None and self.vocabulary.lacking:
             raise MismatchError(
                 f"{self.name} keeps a sample of ids, without a tail that could have tokens which the student lacks: "
                 f"{self.vocabulary.line()}",
@@ -130,7 +132,7 @@ class DatasetSource:
         teacher, manifest = row.teacher, self.dataset.manifest
         if self.vocabulary is not None:
             teacher = self.vocabulary.teacher(teacher, manifest.row_format.tail_temperatures)
-        if not self.is_sampled:
+        if self.tail != "none":
             teacher = teacher.at_temperature(manifest.temperatures.index(self.temperature))
         return replace(row, teacher=teacher)
 
@@ -174,7 +176,7 @@ class TextSource:
     blocks: list[list[Row]]
     tally: Tally
     temperatures: tuple[float, ...] = ()
-    is_sampled: bool = False
+    tail: Tail = "bucket"
     in_pieces: tuple[str, ...] = ()
     facts: Facts | None = field(default=None, repr=False)
     manners: Manners | None = field(default=None, repr=False)

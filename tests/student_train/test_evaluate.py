@@ -1,5 +1,6 @@
 """What is found of held-out rows is what plain transformers and torch say of them, row by row."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,30 @@ def test_the_worst_rows_say_what_stands_where(
     assert all(mass is not None and 0 < mass < 1 for mass in masses)
     assert found.kept_mass is not None
     assert found.kept_mass.edges == list(MASS_EDGES)
+
+
+def test_where_the_tail_is_not_known_the_kl_is_of_the_kept_ids_alone(
+    chats: Path, student_folder: Path, teacher_folder: Path, tmp_path: Path
+):
+    """Of lists that were renormalised; as their training has it, and no mass is told that nobody knows."""
+    folder = dataset(chats, teacher_folder, tmp_path / "out", keep__k=4, keep__max_kl=0)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["keep"]["tail"] = "unknown"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = look(student_folder, dataset=str(folder))
+    student = transformers.AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    opened, kl = LogitDataset.open(folder), list[float]()
+    for row in (row for index in range(len(opened.manifest.shards)) for row in opened.read_shard(index)):
+        with torch.no_grad():
+            logits = student(torch.tensor(row.input_ids_L, dtype=torch.long)[None]).logits[0, row.source_index_P]
+        ends = np.cumsum(row.teacher.kept_counts_P)[:-1]
+        both = (np.split(each, ends) for each in (row.teacher.kept_ids_E, row.teacher.kept_logp_E))
+        for position, (ids, logp) in enumerate(zip(*both, strict=True)):
+            log_p = torch.log_softmax(torch.tensor(logp, dtype=torch.float64), 0)
+            log_q = torch.log_softmax(logits[position, ids.astype(np.int64)].double(), 0)
+            kl.append(float((log_p.exp() * (log_p - log_q)).sum()))
+    assert found.means.kl == pytest.approx(float(np.mean(kl)), rel=1e-4)
+    assert (found.means.kept_mass, found.means.student_kept_mass, found.kept_mass) == (None, None, None)
 
 
 def test_without_a_teacher_rows_are_worst_by_their_cross_entropy(chats: Path, student_folder: Path):
