@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from shared.dataset import LogitDataset
+from shared.push import open_destination, push
 from student_train.evaluation import Evaluation
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
+from tests.s3_server import s3_server
 from tests.student_train.test_train import log_of, weights_of
 
 pytestmark = pytest.mark.cluster
@@ -119,6 +121,44 @@ def test_two_ranks_train_as_one_does_and_each_goes_on_from_the_other(
         assert [row.kl for row in looks[0].worst] == pytest.approx([row.kl for row in looks[1].worst], rel=1e-2)
         weights, other = weights_of(tmp_path / name / "model"), weights_of(tmp_path / "one/model")
         assert max(float((weights[each] - other[each]).abs().max()) for each in weights) < 2e-3
+
+
+def test_two_ranks_from_an_object_store_take_the_rows_of_a_curriculum_and_a_mix_as_one_does(
+    student_folder: Path, teacher_folder: Path, dataset: LogitDataset, tmp_path: Path
+):
+    """Interrupted, and finished by one: both ranks fill one cache from a real server, verified."""
+    chats = write_jsonl(tmp_path / "more.jsonl", chat_records(80)[60:])
+    more = sealed_dump(dump_settings(teacher_folder, chats, tmp_path / "more"))
+    pace = {"difficulty": "teacher_nll", "order": "competence", "quantiles": [0, 0.9]}
+
+    def mix(of: str) -> dict[str, Any]:
+        return {
+            "mix": [
+                {"dataset": of.format(dataset.folder), "weight": 3, "curriculum": pace},
+                {"dataset": of.format(more.folder), "weight": 1},
+            ]
+        }
+
+    here = config(student_folder, dataset, tmp_path, "here", data=mix("{}"))
+    run(here)
+    with s3_server():
+        url = "s3://bucket{}"
+        for each in (dataset, more):
+            push(each, open_destination(url.format(each.folder)))
+        data = mix(url) | {"cache": str(tmp_path / "cache")}
+        there = config(student_folder, dataset, tmp_path, "there", data=data, checkpoint={"every_steps": 5, "keep": 1})
+        process = start(there, ranks=2)
+        wait_for_step(tmp_path / "there", 8, process)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "goes on after step" in run(there)
+    expected, entries = steps_of(tmp_path / "here"), steps_of(tmp_path / "there")
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    for key in ("positions", "loss", "ce", "kd", "grad_norm"):
+        np.testing.assert_allclose([e[key] for e in entries], [e[key] for e in expected], rtol=2e-3, err_msg=key)
+    fetched = {path.name for path in (tmp_path / "cache").rglob("*.parquet")}
+    assert fetched == {Path(shard.path).name for each in (dataset, more) for shard in each.manifest.shards}
 
 
 def test_fewer_held_out_rows_than_ranks_are_looked_at_and_nothing_is_said_of_ddp(
