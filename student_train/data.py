@@ -3,11 +3,12 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from shared.dataset import LogitDataset
-from shared.errors import ConfigError, MismatchError
+from shared.errors import ConfigError, LogitferryError, MismatchError
 from shared.overlap import MadeAhead
 from shared.text_files import find_text_files
 from student_train.collate import weights_of
@@ -17,6 +18,7 @@ from student_train.objective import Objective
 from student_train.order import Pace
 from student_train.passes import ForwardPass
 from student_train.ranks import Ranks
+from student_train.scores import scores_file
 from student_train.sources import Source, open_dataset
 from student_train.stream import Selection, StepRows, Stream, is_held_out
 from student_train.student import Student
@@ -215,6 +217,33 @@ def require_data(settings: TrainSettings) -> None:
                 open_dataset(source.dataset, data.cache)
             elif source.text is not None:
                 find_text_files(source.text.files)
+
+
+def require_same_data(settings: TrainSettings, records: Sequence[dict[str, Any]]) -> None:
+    """See that a finished run was trained on what its config names now; what cannot be reached any more is no matter.
+
+    `records` are `TrainingData.record`'s.
+
+    Raises:
+        MismatchError: a dataset, or the scores of its rows, are others now.
+    """
+    for source, record in zip(settings.data.sources(), records, strict=True):
+        now: dict[str, str] = {}
+        if source.dataset is not None:
+            with suppress(LogitferryError):
+                now["manifest_sha256"] = open_dataset(source.dataset, settings.data.cache).identity()
+        if source.curriculum is not None and source.curriculum.scores is not None:
+            with suppress(LogitferryError):
+                now["scores_sha256"] = scores_file(source.curriculum.scores).sha256()
+        for name, digest in now.items():
+            if record.get(name, digest) != digest:
+                is_dataset = name == "manifest_sha256"
+                what = f"the dataset {source.dataset}" if is_dataset else f"scores of {source.dataset or 'text'}"
+                raise MismatchError(
+                    f"{settings.output} was trained with {what} of sha256 {record[name][:16]}…, which is "
+                    f"{digest[:16]}… now",
+                    next_step="give this run another `output`, or remove the folder to train it again",
+                )
 
 
 def _datasets(data: DataSettings) -> list[str]:

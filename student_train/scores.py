@@ -55,7 +55,7 @@ def read_scores(path: str, *, numbers: str | None, truths: str | None) -> Scores
         ConfigError: there is no such file or column, an id comes twice, or a value is of another kind.
         RecordError, DamagedDataError: the file cannot be read.
     """
-    file = _one_file(path)
+    file = scores_file(path)
     wanted = {name: kind for name, kind in ((numbers, _number), (truths, _truth)) if name is not None}
     sample_ids: list[str] = []
     columns: dict[str, list[float]] = {name: [] for name in wanted}
@@ -77,7 +77,12 @@ def read_scores(path: str, *, numbers: str | None, truths: str | None) -> Scores
     return Scores(name=path, sha256=sha256, sample_ids=ids, columns=arrays)
 
 
-def _one_file(path: str) -> TextFile:
+def scores_file(path: str) -> TextFile:
+    """The one file that a path names.
+
+    Raises:
+        ConfigError: it names none, or several.
+    """
     files = find_text_files([path])
     if len(files) != 1 or files[0].format == "datasets":
         raise ConfigError(f"scores: {path} is no single file", next_step="name one .jsonl or .parquet file")

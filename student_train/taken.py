@@ -99,8 +99,12 @@ class Taken:
         return found
 
     def records(self) -> list[dict[str, Any]]:
-        """Of each source, how many rows are taken, and were dropped for what."""
-        return [{} if choice is None else {"rows": choice.counts} for choice in self.choices]
+        """Of each source, how many rows are taken, and were dropped for what, by which scores."""
+        return [
+            ({} if choice is None else {"rows": choice.counts})
+            | ({} if scores is None else {"scores_sha256": scores.sha256})
+            for choice, scores in zip(self.choices, self.scores, strict=True)
+        ]
 
     def dropped(self) -> Iterator[tuple[str, str]]:
         """Sample id and reason of every row that a curriculum dropped."""

@@ -39,7 +39,7 @@ from shared.pretrained import weights_digest
 from shared.progress import Ticker, progress
 from student_train.checkpoint import Checkpoints, Progress, Trained
 from student_train.config import TrainSettings
-from student_train.data import Batch, TrainingData, find_objective, num_steps, require_data
+from student_train.data import Batch, TrainingData, find_objective, num_steps, require_data, require_same_data
 from student_train.evaluate import evaluate
 from student_train.lineage import LINEAGE_NAME, Lineage, writer_name
 from student_train.log import RunLog
@@ -73,7 +73,7 @@ def finished_run(settings: TrainSettings) -> dict[str, Any] | None:
     """The record of this very run where it is done already; None where it is not.
 
     Raises:
-        MismatchError: the output folder holds a model that was trained with other settings.
+        MismatchError: the output folder holds a model that was trained with other settings or on other data.
     """
     output = Path(settings.output)
     if not (output / MODEL_FOLDER).exists():
@@ -85,7 +85,9 @@ def finished_run(settings: TrainSettings) -> dict[str, Any] | None:
             next_step="give this run another `output`, or remove the folder",
         )
     _require_same_start(settings, output / MODEL_FOLDER)
-    return json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
+    record = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
+    require_same_data(settings, record["data"])
+    return record
 
 
 def _require_same_start(settings: TrainSettings, model: Path) -> None:

@@ -20,7 +20,7 @@ from student_train.doctor.examination import examine
 from student_train.estimate.estimation import estimate
 from student_train.ranks import Ranks
 from student_train.sources import open_source
-from student_train.train import Trainer
+from student_train.train import Trainer, finished_run
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
 from tests.student_train.test_resume import interrupt_in_step
 from tests.student_train.test_train import log_of, settings
@@ -323,6 +323,8 @@ def test_a_run_by_difficulty_goes_on_where_it_stopped_and_not_with_other_scores(
     write_jsonl(scores, [record | {"hard": -record["hard"]} for record in records])
     with pytest.raises(MismatchError, match=r"scores_sha256"):
         Trainer(said("out")).run()
+    with pytest.raises(MismatchError, match=r"was trained with scores of .* of sha256 \w{16}…, which is \w{16}… now"):
+        finished_run(said("alone"))
     scores.write_bytes(kept)
     Trainer(said("out", loader_threads=3, shuffle_blocks=16)).run()
     losses = [[entry["loss"] for entry in log_of(tmp_path / name) if "loss" in entry] for name in ("alone", "out")]

@@ -1,6 +1,7 @@
 """Whole training runs: the gradient, what has no influence on it, and what is left behind."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,20 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(student_folder: Path
         Trainer(run)
     with pytest.raises(MismatchError, match="was trained with other settings"):
         finished_run(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), steps=4))
+
+
+def test_a_finished_run_on_what_is_another_dataset_now_is_no_finished_run(
+    student_folder: Path, dataset: Path, tmp_path: Path
+):
+    moved = shutil.copytree(dataset, tmp_path / "dataset")
+    run = settings(student_folder, tmp_path / "out", data__dataset=str(moved))
+    result = Trainer(run).run()
+    repaired = json.loads((moved / "manifest.json").read_text())
+    (moved / "manifest.json").write_text(json.dumps(repaired, indent=3))
+    with pytest.raises(MismatchError, match=r"was trained with the dataset .* of sha256(.|\n)*next: give this run"):
+        finished_run(run)
+    shutil.rmtree(moved)
+    assert finished_run(run) == result, "what was carried away is no matter"
 
 
 def test_an_undeclared_temperature_is_refused(student_folder: Path, dataset: Path, tmp_path: Path):
