@@ -33,11 +33,14 @@ def load_settings(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
     Raises:
         ConfigError: the file is missing or not YAML, an override is malformed, or keys do not check.
     """
-    return check_settings(kind, read_yaml(Path(path)), overrides, name=str(path))
+    return check_settings(kind, read_yaml(Path(path)), overrides, name=str(path), path=Path(path))
 
 
-def check_settings(kind: type[S], tree: dict[str, Any], overrides: Sequence[str], *, name: str) -> S:
-    """The settings that a tree of plain values holds, after the overrides; `name` is what people call it.
+def check_settings(
+    kind: type[S], tree: dict[str, Any], overrides: Sequence[str], *, name: str, path: Path | None = None
+) -> S:
+    """The settings that a tree of plain values holds, after the overrides; `name` is what people call it, and `path`
+    the file that it was read from.
 
     Raises:
         ConfigError: an override is malformed, or keys do not check.
@@ -47,7 +50,11 @@ def check_settings(kind: type[S], tree: dict[str, Any], overrides: Sequence[str]
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {_place(issue['loc'])}: {_explain(kind, issue)}" for issue in error.errors()]
+        root = None if path is None else yaml.compose(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        lines = [
+            f"  {_place(issue['loc'])}: {_explain(kind, issue)}{_line(root, issue['loc'], overrides)}"
+            for issue in error.errors()
+        ]
         raise ConfigError(
             f"{name}: {len(lines)} setting{'s' * (len(lines) > 1)} cannot be used\n" + "\n".join(lines),
             next_step="mend the keys above; --print-config shows the settings with their defaults",
@@ -113,6 +120,24 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _place(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "(the whole config)"
+
+
+def _line(root: yaml.Node | None, location: Sequence[int | str], overrides: Sequence[str]) -> str:
+    """Which line of the file says so, or what this is missing in; none where an override says it."""
+    if any(_place(tuple(location)).startswith(override.partition("=")[0]) for override in overrides):
+        return ""
+    node, line = root, 0
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            below = [entry for entry in node.value if entry[0].value == str(part)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            below = [(value, value) for value in node.value[part : part + 1]]
+        else:
+            below = []
+        if not below:
+            break
+        line, node = below[0][0].start_mark.line + 1, below[0][1]
+    return f" (line {line})" if line else ""
 
 
 def _explain(kind: type[Settings], issue: Any) -> str:

@@ -127,7 +127,7 @@ def load_runs(path: str | Path, overrides: tuple[str, ...] = ()) -> TrainSetting
     """
     tree = read_yaml(Path(path))
     kind = Recipe if "stages" in tree else TrainSettings
-    return check_settings(kind, tree, overrides, name=str(path))
+    return check_settings(kind, tree, overrides, name=str(path), path=Path(path))
 
 
 def chosen_stages(recipe: Recipe, names: tuple[str, ...]) -> dict[str, TrainSettings]:

@@ -67,9 +67,21 @@ def test_load_settings_reports_every_error_with_its_place(write):
     assert "next: mend the keys above" in message
 
 
+def test_load_settings_says_which_line_is_meant(write):
+    text = DUMP + "base: &base {min_prob: 7}\n\nkeep:\n  <<: *base\n  k: 0\ntemperatures:\n- 1.0\n- hot\n"
+    lines = refusal(write(text), ["unit_records=0", "teacher.dtype=x"]).splitlines()[1:-1]
+    place = {line.split(":")[0].strip(): line.rpartition("(line ")[2].rstrip(")") for line in lines}
+    assert (place["base"], place["keep.k"], place["temperatures.1"]) == ("4", "8", "11")
+    assert place["keep.min_prob"] == "6", "what was merged in stands under its parent"
+    assert all("(line" not in line for line in lines if line.startswith(("  unit_records", "  teacher.dtype")))
+    absent = refusal(write("teacher: {}\n\ndata: {files: [a]}\n")).splitlines()
+    assert "  teacher.model: is required (line 1)" in absent
+    assert "  output: is required" in absent
+
+
 def test_load_settings_names_the_rule_that_two_keys_break_together(write):
     message = refusal(write(DUMP.replace("[a.jsonl]", "[a.jsonl], prompt_field: q")))
-    assert "data: prompt_field and response_field go together\n" in message
+    assert "data: prompt_field and response_field go together (line 2)\n" in message
 
 
 def test_load_settings_counts_a_single_error_in_the_singular(write):
