@@ -55,7 +55,7 @@ def init_verb(
     config: Path,
     as_json: bool,
 ) -> None:
-    """Write a commented CONFIG (train.yaml) for a student and what it learns from."""
+    """Write a commented CONFIG for a student and what it learns from."""
     from student_train.init import write_config
 
     lines = write_config(config, model=model, dataset=dataset, files=list(files), output=output, tokenizer=tokenizer)
@@ -69,9 +69,9 @@ def init_verb(
 @stage_option
 @json_option
 def doctor_verb(config: str | None, overrides: tuple[str, ...], stages: tuple[str, ...], as_json: bool) -> None:
-    """Check this machine, and with CONFIG whether its student can be trained here; say what to mend.
+    """Check this machine, and with CONFIG whether it can train here.
 
-    Of several stages one is looked at: the first, or that of --stage.
+    Says what to mend.  Of several stages one is looked at: the first, or that of --stage.
     """
     settings = next(iter(_chosen(load_runs(config, overrides), stages).values())) if config else None
     from student_train.doctor.examination import examine, exit_code, render
@@ -101,7 +101,7 @@ def estimate_verb(
     ranks: int,
     as_json: bool,
 ) -> None:
-    """Say what the run of CONFIG needs, and whether it fits: memory, steps, operations, disk.
+    """Say what the run of CONFIG needs, and whether it fits.  Memory, steps, operations, disk.
 
     Of several stages one is looked at: the first, or that of --stage.  No weights are loaded and no accelerator is
     needed.  Exit code 1 where it does not fit.
@@ -137,7 +137,7 @@ def run_verb(
     stop_after_s: float | None,
     as_json: bool,
 ) -> None:
-    """Train the student that CONFIG describes and leave a Hugging Face model.
+    """Train the student that CONFIG describes.  Leaves a Hugging Face model.
 
     A config with `stages` has them trained one after the other, each from the model of the one before; with --stage
     those that are named, maybe on another machine.  Interrupted, it leaves a checkpoint and goes on from there when it
@@ -192,7 +192,7 @@ def rollout_verb(
     stop_after_s: float | None,
     as_json: bool,
 ) -> None:
-    """Have the student of CONFIG answer prompts, and write down what it wrote, marked and filtered.
+    """Have the student of CONFIG answer the prompts of its rows.  What it wrote is marked and filtered.
 
     `teacher-dump run` scores the files as ready tokens.  Run again to go on after an interruption; several workers may
     run at once, with --worker or under torchrun or srun, and whoever finishes last writes rollout.json.
@@ -210,7 +210,7 @@ def rollout_verb(
 @config_options
 @json_option
 def score_verb(config: str, overrides: tuple[str, ...], print_config: bool, as_json: bool) -> None:
-    """Say of every row that CONFIG names how hard it is for the student, for a curriculum.
+    """Say how hard every row of CONFIG is for the student.  For a curriculum.
 
     Leaves scores.jsonl and score.json in the output folder.
     """
@@ -225,7 +225,7 @@ def score_verb(config: str, overrides: tuple[str, ...], print_config: bool, as_j
 @config_options
 @json_option
 def eval_verb(config: str, overrides: tuple[str, ...], print_config: bool, as_json: bool) -> None:
-    """Look at the student that CONFIG describes: cross-entropy and KL on rows, exact match, tasks of lm-eval.
+    """Measure the student that CONFIG describes.  Cross-entropy and KL on rows, exact match, tasks of lm-eval.
 
     Leaves eval.json in the output folder, with the worst rows and some replies in full.
     """
@@ -245,10 +245,11 @@ def eval_verb(config: str, overrides: tuple[str, ...], print_config: bool, as_js
 @click.option("--output", type=click.Path(path_type=Path), help="The page; report.html in the last RUN unless given.")
 @json_option
 def report_verb(runs: tuple[Path, ...], evals: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
-    """Make one page about a run, or about several in a row, first stage first.
+    """Make one page about a run, or about several in a row.
 
-    RUN is a run's output folder, also of a run that is going on, or that of a recipe, for all its stages.  The page
-    needs no network: curves, what calls for attention, calibration, the worst rows token by token, and the settings.
+    RUN is a run's output folder, also of a run that is going on, or that of a recipe, for all its stages; several come
+    first stage first.  The page needs no network: curves, what calls for attention, calibration, the worst rows token
+    by token, and the settings.
     """
     from student_train.report.page import PAGE_NAME, write_report
 

@@ -50,7 +50,7 @@ def init_verb(
     config: Path,
     as_json: bool,
 ) -> None:
-    """Write a commented CONFIG (dump.yaml) for a teacher and some text."""
+    """Write a commented CONFIG for a teacher and some text."""
     from teacher_dump.init import write_config
 
     lines = write_config(config, model=model, files=list(files), output=output, engine=engine, tokenizer=tokenizer)
@@ -63,7 +63,7 @@ def init_verb(
 @overrides_option
 @json_option
 def doctor_verb(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check this machine, and with CONFIG whether its dump can run here; say what to mend."""
+    """Check this machine, and with CONFIG whether its dump can run.  Says what to mend."""
     settings = load_settings(DumpSettings, config, overrides) if config else None
     from teacher_dump.doctor.examination import examine, exit_code, render
 
@@ -77,7 +77,7 @@ def doctor_verb(config: str | None, overrides: tuple[str, ...], as_json: bool) -
 @click.option("--records", default=256, show_default=True, help="Size of the sample.", type=click.IntRange(min=1))
 @json_option
 def estimate_verb(config: str, overrides: tuple[str, ...], print_config: bool, records: int, as_json: bool) -> None:
-    """Score a sample and say what the dump of CONFIG will take: tokens, positions, bytes, time, memory."""
+    """Say what the dump of CONFIG will take, from a sample.  Tokens, positions, bytes, time, memory."""
     settings = read_config(DumpSettings, config, overrides, print_config=print_config)
     from teacher_dump.estimate import describe, estimate
 
@@ -112,9 +112,10 @@ def run_verb(
     plan_only: bool,
     as_json: bool,
 ) -> None:
-    """Dump and seal the dataset that CONFIG describes; run again to go on after an interruption.
+    """Dump and seal the dataset that CONFIG describes.
 
-    Several workers may run at once, with --worker or under torchrun or srun; whoever finishes last seals.
+    Run again to go on after an interruption.  Several workers may run at once, with --worker or under torchrun or
+    srun; whoever finishes last seals.
     """
     settings = read_config(DumpSettings, config, overrides, print_config=print_config)
     share = None if worker is None else Share.parse(worker)
@@ -132,7 +133,7 @@ def run_verb(
 @click.argument("output")
 @json_option
 def status_verb(output: str, as_json: bool) -> None:
-    """Say how far the dump in OUTPUT is: units done, pace, time left, who, and what failed.
+    """Say how far the dump in OUTPUT is.  Units done, pace, time left, who, and what failed.
 
     OUTPUT is the dataset's folder or URL, or the config of the dump.  Reads what is committed, and that alone.
     """
@@ -143,7 +144,7 @@ def status_verb(output: str, as_json: bool) -> None:
 @click.argument("output")
 @json_option
 def seal_verb(output: str, as_json: bool) -> None:
-    """Seal the dump in OUTPUT, where all units are done: the last worker does it, unless it was stopped.
+    """Seal the dump in OUTPUT, where all units are done.  The last worker does it by itself, unless it was stopped.
 
     OUTPUT is the dataset's folder or URL, or the config of the dump.
     """
@@ -191,7 +192,7 @@ def _emit_sealed(output: str, *, as_json: bool) -> None:
 def rescore_verb(
     dataset: str, rows: int, seed: int, config: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Score rows of DATASET again with the live teacher, twice, and compare.
+    """Score rows of DATASET again, and compare.  By the live teacher, twice.
 
     --set teacher.model=… names the teacher where it lies elsewhere now.
     """
