@@ -25,7 +25,14 @@ import pyarrow as pa
 from shared.card import dataset_card
 from shared.dataset import CARD_NAME, LogitDataset, read_manifest_at
 from shared.dataset_cache import COPY_AGAIN, LOCKS_FOLDER, Origin
-from shared.errors import ConfigError, DamagedDataError, DamagedShardError, MismatchError
+from shared.errors import (
+    ConfigError,
+    DamagedDataError,
+    DamagedShardError,
+    LogitferryError,
+    MismatchError,
+    UnsealedDatasetError,
+)
 from shared.files import (
     TEMPORARY_PREFIX,
     claim_folder,
@@ -270,9 +277,27 @@ def _marked(source: Source, part: Part | None) -> Iterator[None]:
     write_atomically(path, marker)
     for left in output.rglob(f"{TEMPORARY_PREFIX}*"):  # by those who were killed
         left.unlink(missing_ok=True)
-    yield
+    try:
+        yield
+    except DamagedShardError:
+        if _has_changed(source):
+            raise MismatchError(
+                f"{source.name} became another dataset while it was pulled",
+                next_step=f"delete {output}, then run the same command again",
+            ) from None
+        raise
     path.unlink()
     shutil.rmtree(output / LOCKS_FOLDER, ignore_errors=True)
+
+
+def _has_changed(source: Source) -> bool:
+    """Is another dataset there now, or on its way?"""
+    try:
+        return read_manifest_at(source.origin.remote) != source.manifest_data
+    except UnsealedDatasetError:
+        return True
+    except LogitferryError:  # which is told when it is run again
+        return False
 
 
 def _provide_card(source: Source) -> None:

@@ -90,7 +90,7 @@ def push(
         if path in whole:
             done.kept += 1
         else:
-            if path == CARD_NAME and path in there:
+            if path == CARD_NAME and path in there and not replace:
                 logger.warning("%s/%s was another, and is replaced by the one here", destination.name, path)
             destination.put(path, data := _checked(dataset, path))
             done.sent, done.sent_bytes = done.sent + 1, done.sent_bytes + len(data)

@@ -146,6 +146,24 @@ def test_a_newer_card_there_takes_the_place_of_the_one_it_was_sealed_with(store:
     assert (tmp_path / "out/README.md").read_bytes() == b"newer"
 
 
+@pytest.mark.parametrize("share", [None, 0.9])
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_a_source_that_is_replaced_while_it_is_pulled_is_not_called_damaged(
+    is_sealed: bool, share: float | None, store: Any, tmp_path: Path
+):
+    other = files_of(write_dataset(tmp_path / "other", [made_rows(number, 3) for number in range(5, 9)]))
+
+    def replaced() -> None:
+        for path, data in other.items():
+            store.pipe_file(f"/bucket/my-dump/{path}", data)
+        if not is_sealed:
+            store.rm("/bucket/my-dump/manifest.json")
+
+    with pytest.raises(MismatchError, match=r"became another dataset while it was pulled(.|\n)*next: delete"):
+        here(tmp_path / "out", share=share, on_file=replaced)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
 @pytest.mark.parametrize("path", ["README.md", SHARD, "manifest.json"])
 def test_no_dataset_here_has_us_read_another_file_or_wait_for_a_pipe(path: str, made: LogitDataset, tmp_path: Path):
     theirs = Path(shutil.copytree(made.folder, tmp_path / "theirs"))

@@ -79,7 +79,7 @@ def test_what_was_cut_goes_on_where_it_was(
 
     with pytest.raises(KeyboardInterrupt):
         to(local, on_file=stop)
-    with pytest.raises(UnsealedDatasetError):
+    with pytest.raises(UnsealedDatasetError, match=r"next: check the name, and whether your key .* finish its push"):
         LogitDataset.open(URL)
     to(local)
     assert written == ORDER
