@@ -59,6 +59,8 @@ def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("MY_TOKEN", "1")
+    monkeypatch.setenv("LONGER_TOKEN", "hf_abcdefgh-and-more")
+    assert masked("hf_abcdefgh-and-more") == "***", "also what follows a secret that another begins with"
     text = f"401 for Bearer hf_abcdefgh at http://h/x?X-Amz-Signature=123abc&n=1 and s3://k:{SECRET}@b, {SECRET}"
     assert masked("at http://h/wJalrXUtn%2FEMI%2BK7MDENG/x") == "at http://h/***/x"
     assert masked(text) == "401 for Bearer *** at http://h/x?X-Amz-Signature=***&n=1 and s3://***@b, ***"
