@@ -211,6 +211,9 @@ def test_some_shards_are_a_dataset_that_says_where_it_comes_from(made: LogitData
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert licences_in(card).dataset == ("mit",)
     assert event.reason in card
+    here(tmp_path / "less", str(tmp_path / "out"), shards="0")
+    first, second = LogitDataset.open(tmp_path / "less").manifest.history
+    assert (first, second.parents) == (event, [part.identity()]), "a part of a part says both"
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.1, 2), (0.5, 7), (0.51, 8), (1e-9, 1), (1.0, 14)])
