@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import yaml
 
 from shared.dataset import CARD_NAME, LogitDataset
-from shared.errors import OutputError
+from shared.errors import ConfigError, OutputError
 from shared.files import why_no_file
-from shared.licences import NOT_STATED, Licences, licences_in
+from shared.licences import HEADER, NOT_STATED, Licences, licences_in
 from shared.manifest import Manifest, Teacher
 
 KEPT_BELOW = "<!-- What is written below this line is kept when the card is written anew. -->"
-MAX_CARD_BYTES = 1 << 20
+MAX_CARD_BYTES = 1 << 24
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 READING = """## Reading it
 Plain Parquet; `folder` is a copy of this dataset, such as `logit-shards pull` makes:
@@ -68,36 +68,37 @@ def dataset_card(manifest: Manifest, licences: Licences | None = None, *, kept: 
     tails = _tails(manifest)
     loss = manifest.loss_nats[0] if manifest.shards else 0.0
     files = [file for each in manifest.inputs for file in each.files]
-    sources = "\n".join(f"- `{file.name}`, sha256 `{file.sha256}`" for file in files)
+    sources = "\n".join(f"- `{_line(file.name)}`, sha256 `{file.sha256}`" for file in files)
+    name, settings = _line(teacher.name), _line(", ".join(f"{key} {value}" for key, value in keep.items()))
     missing = f"\n**{len(manifest.missing)} shards are missing.**\n" if manifest.missing else ""
     history = "".join(
         f"- {event.operation} of {', '.join(f'`{parent[:16]}…`' for parent in event.parents)}"
-        f"{f': {event.reason}' if event.reason else ''}\n"
+        f"{f': {_line(event.reason)}' if event.reason else ''}\n"
         for event in manifest.history
     )
     return f"""---
 {_header(manifest, licences)}---
-# Log-probabilities of {teacher.name}
+# Log-probabilities of {name}
 
-Made by {manifest.created_by}, format version {manifest.format_version}.  One row is one sequence; for every
-supervised token it holds what the teacher `{teacher.name}` ({teacher.architecture}) predicted there.
+Made by {_line(manifest.created_by)}, format version {manifest.format_version}.  One row is one sequence; for every
+supervised token it holds what the teacher `{name}` ({_line(teacher.architecture)}) predicted there.
 {missing}
 | | |
 |---|---|
-| teacher | `{teacher.name}`, {_revision(teacher)} |
+| teacher | `{name}`, {_revision(teacher)} |
 | licence of the teacher | {_told(licences.teacher)} |
 | licence of the texts | {_told(licences.texts)} |
 | licence of this dataset | {_told(licences.dataset)} |
 | rows | {manifest.total("rows"):,} |
 | tokens | {manifest.total("tokens"):,} |
 | positions (supervised tokens) | {manifest.total("positions"):,} |
-| kept ids per position | {manifest.total("kept") / positions:.2f} ({", ".join(f"{k} {v}" for k, v in keep.items())}) |
+| kept ids per position | {manifest.total("kept") / positions:.2f} ({settings}) |
 | kept probability mass | {manifest.total("kept_mass") / positions:.4%} |
 | mass of the rest | {tails} |
 | lost by rounding | {loss:.2g} nats per position |
 | size on disk | {manifest.total("size_bytes"):,} bytes in {len(manifest.shards):,} shards |
 | of the teacher alone | {manifest.total("teacher_bytes") / positions:.1f} bytes per position |
-| tokenizer | fingerprint `{manifest.tokenizer_fingerprint}` |
+| tokenizer | fingerprint `{_line(manifest.tokenizer_fingerprint)}` |
 | vocabulary | {manifest.vocab_size:,} |
 
 {READING}
@@ -120,10 +121,28 @@ def written_card(dataset: LogitDataset) -> str:
 
 
 def card_again(dataset: LogitDataset, licences: Licences | None = None) -> str:
-    """The card made anew, with the licences given, or those that it states, and with what people wrote."""
+    """The card made anew, with the licences given, or those that it states, and with what people wrote.
+
+    Raises:
+        ConfigError: there is more of that than a card may hold.
+    """
+    path = dataset.folder / CARD_NAME
+    if not why_no_file(dataset.folder, path) and (size := path.stat().st_size) > MAX_CARD_BYTES:
+        raise ConfigError(
+            f"{path}: {size:,} bytes, a card that is written anew has {MAX_CARD_BYTES:,} at most",
+            next_step="move it elsewhere, then run the same command again",
+        )
     card = written_card(dataset)
-    _, _, kept = card.partition(f"{KEPT_BELOW}\n")
-    return dataset_card(dataset.manifest, licences or licences_in(card), kept=kept)
+    return dataset_card(dataset.manifest, licences or licences_in(card), kept=_written_by_people(card))
+
+
+def _written_by_people(card: str) -> str:
+    """What is below the line, or all that follows the header where somebody has taken the line away."""
+    card = card.replace("\r\n", "\n")  # as editors of some systems and web pages leave it
+    _, line, kept = f"{card}\n".partition(f"\n{KEPT_BELOW}\n")
+    if line:
+        return kept.removesuffix("\n")
+    return HEADER.sub("", card, count=1).lstrip("\n")
 
 
 def _header(manifest: Manifest, licences: Licences) -> str:
@@ -147,14 +166,19 @@ def _size_category(rows: int) -> str:
 
 def _revision(teacher: Teacher) -> str:
     if teacher.revision:
-        return f"revision `{teacher.revision}`"
+        return f"revision `{_line(teacher.revision)}`"
     if teacher.weights_sha256:
-        return f"weights of sha256 `{teacher.weights_sha256}`"
+        return f"weights of sha256 `{_line(teacher.weights_sha256)}`"
     return "revision not stated"
 
 
 def _told(names: Sequence[str]) -> str:
-    return ", ".join(names).replace("|", "\\|").replace("\n", " ") or NOT_STATED
+    return _line(", ".join(names)) or NOT_STATED
+
+
+def _line(text: str) -> str:
+    """Text of others as a part of one line, of a cell and of `code`: it makes no heading, row or end of the header."""
+    return " ".join(text.split()).replace("`", "'").replace("|", "\\|")
 
 
 def _tails(manifest: Manifest) -> str:

@@ -18,6 +18,7 @@ from shared import __version__
 from shared.amounts import seconds_of
 from shared.config import Settings, load_settings, settings_yaml
 from shared.errors import INTERRUPTED_EXIT_CODE, LogitferryError
+from shared.masking import masked
 
 S = TypeVar("S", bound=Settings)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -164,13 +165,14 @@ def run_command(group: click.Command) -> None:
         click.echo(f"error: {error}\n  next: pip install 'logitferry[torch]'", err=True)
         code = 2
     except (MemoryError, OSError) as error:
-        click.echo(f"error: {type(error).__name__}: {error}\n  next: {LogitferryError.usual_step}", err=True)
+        said = masked(str(error))
+        click.echo(f"error: {type(error).__name__}: {said}\n  next: {LogitferryError.usual_step}", err=True)
         code = 1
     except Exception as error:
         # A mistake of ours or of a library.  The traceback helps whoever mends it, not whoever meets it.
         if os.environ.get("LOGITFERRY_TRACEBACK"):
             raise
-        click.echo(f"error: {type(error).__name__}: {error}", err=True)
+        click.echo(f"error: {type(error).__name__}: {masked(str(error))}", err=True)
         click.echo("  next: run again with LOGITFERRY_TRACEBACK=1 and report what it prints", err=True)
         code = 1
     code = code if isinstance(code, int) else 0
@@ -193,11 +195,22 @@ class _EchoHandler(logging.Handler):
 
 @contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """Shows what the toolkit has to say while it works."""
+    """Shows what the toolkit has to say while it works; what libraries log of their own, such as the signed URL that a
+    failed upload went to, is cleaned of secrets."""
     logger, handler = logging.getLogger("logitferry"), _EchoHandler()
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
+    factory = logging.getLogRecordFactory()
+
+    def cleaned(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = factory(*arguments, **options)
+        if (message := record.getMessage()) != (clean := masked(message)):
+            record.msg, record.args = clean, None
+        return record
+
+    logging.setLogRecordFactory(cleaned)
     try:
         yield
     finally:
+        logging.setLogRecordFactory(factory)
         logger.removeHandler(handler)

@@ -21,7 +21,7 @@ from shared.shard_reader import names_in, read_names, read_outlines, read_row_gr
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FOLDER = "data"
 CARD_NAME = "README.md"
-FIND = "check the name, and whether HF_TOKEN lets you read it; or finish its push: run the same command again there"
+FIND = "check the name, and whether {} lets you read it; or finish its push: run the same command again there"
 COPY_TOKENIZER = "copy the tokenizer folder from where the dataset came from"
 
 
@@ -164,7 +164,8 @@ def read_manifest_at(folder: Folder) -> bytes:
     try:
         return folder.read(MANIFEST_NAME)
     except FileNotFoundError:
-        step = FIND if folder.name.startswith("hf://") else FINISH
+        key = "HF_TOKEN" if folder.name.startswith("hf://") else "your key"
+        step = FINISH if isinstance(folder, LocalFolder) else FIND.format(key)
         raise UnsealedDatasetError(UNSEALED.format(folder.name), next_step=step) from None
 
 

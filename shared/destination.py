@@ -9,9 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
+from shared.card import KEPT_BELOW
 from shared.dataset import CARD_NAME, DATA_FOLDER, TOKENIZER_FOLDER
-from shared.errors import ConfigError, DamagedDataError
-from shared.files import require_apart, sha256_of_bytes
+from shared.errors import ConfigError, DamagedDataError, MismatchError
+from shared.files import require_apart, sha256_of_bytes, why_no_file
 from shared.folders import Folder, LocalFolder
 from shared.manifest import MANIFEST_NAME, SHARD_PATH, UNSCORABLE_NAME
 
@@ -53,6 +54,7 @@ class Destination(Protocol):
 
         Raises:
             DamagedDataError: what arrived is something else.
+            MismatchError: somebody else has written there since it was looked at.
         """
         ...
 
@@ -85,6 +87,18 @@ class FolderDestination:
                 raise ConfigError(
                     f"{self.name} holds {others[0]}, which is no part of a dataset", next_step="give another folder"
                 )
+        self._require_no_other_readme(folder)
+
+    def _require_no_other_readme(self, folder: Path) -> None:
+        """In an object store nothing else says that a project lies there, whose README.md would be lost."""
+        if self._folder.exists(CARD_NAME) and not self._folder.exists(MANIFEST_NAME):
+            there, ours = self.read(CARD_NAME), folder / CARD_NAME
+            is_ours = not why_no_file(folder, ours) and ours.read_bytes() == there
+            if not is_ours and KEPT_BELOW.encode() not in there:
+                raise ConfigError(
+                    f"{self.name}/{CARD_NAME} is no card of a dataset, and would be written over",
+                    next_step="give another folder, or move that file",
+                )
 
     def paths(self) -> set[str]:
         return {path for path in self._folder.files() if not is_hidden(path)}
@@ -99,6 +113,11 @@ class FolderDestination:
         return self._folder.sha256(path) == sha256_of_bytes(data)
 
     def put(self, path: str, data: bytes) -> None:
+        if path == MANIFEST_NAME and self._folder.sha256(path) not in (None, sha256_of_bytes(data)):
+            raise MismatchError(
+                f"{self.name}: another dataset was pushed there at the same time, and neither is whole now",
+                next_step="push the one that is to be there again, with --replace; it sends what is missing",
+            )
         self._folder.write(path, data)
         if not self.holds(path, data):
             raise DamagedDataError(f"{self.name}/{path}: what lies there is not what was sent", next_step=SEND_AGAIN)

@@ -73,7 +73,8 @@ def write_atomically(path: Path, data: bytes | memoryview, *, aside: Path | None
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that may only be read, which is told below
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OutputError(
                 f"{path} cannot be written: {error.strerror}", next_step="make room, then run the same command again"
@@ -167,7 +168,8 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that may only be read, which is told below
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, LogitferryError):
             raise OutputError(
                 f"{path} cannot be written: {error.strerror}", next_step="make room, then run the same command again"

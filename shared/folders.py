@@ -106,6 +106,21 @@ def open_folder(url: str) -> Folder:
     return LocalFolder(Path(path)) if isinstance(fs, LocalFileSystem) else RemoteFolder(fs, path, url)
 
 
+def local_output(url: str) -> Path:
+    """The folder of this machine that a path or file:// URL names, for what is written to no other place.
+
+    Raises:
+        ConfigError: it is elsewhere.
+    """
+    folder = open_folder(url)
+    if not isinstance(folder, LocalFolder):
+        raise ConfigError(
+            f"{folder.name}: is not on this machine, where the new dataset is made",
+            next_step=f"give a folder here, then: logit-shards push FOLDER {folder.name}",
+        )
+    return folder.path
+
+
 class LocalFolder:
     """See `Folder`."""
 
@@ -284,7 +299,8 @@ def told(where: str) -> Iterator[None]:
     except ValueError as error:  # a protocol that nobody knows, credentials that are none
         raise ConfigError(f"{where}: {masked(str(error))}", next_step="check the URL, and your access") from error
     except Exception as error:
-        reason = masked(str(error)).strip() or type(error).__name__
+        causes = [error, error.__cause__] if error.__cause__ else [error]  # such as what the Hub said to an upload
+        reason = ": ".join(masked(str(each)).strip() or type(each).__name__ for each in causes)
         raise OutputError(
             f"{where} cannot be reached: {reason}", next_step="check your access, then run the same command again"
         ) from error

@@ -27,6 +27,8 @@ HUB_URL = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<branch>[^/
 COMMIT_FILES = 100
 """The Hub advises 50 to 100 in one commit."""
 MESSAGE = "logit-shards push"
+PARENT_IS_ANOTHER = 412
+"""HTTP status of a commit whose parent is no longer the branch's last."""
 
 
 class HubDestination:
@@ -52,15 +54,17 @@ class HubDestination:
             self._file = RepoFile
             self._api = huggingface_hub.HfApi()
             self._api.create_repo(self._repo, repo_type="dataset", private=not public, exist_ok=True)
-            private = self._api.repo_info(self._repo, repo_type="dataset").private
-        if not private and not public:
+            info = self._api.repo_info(self._repo, repo_type="dataset", revision=self._branch)
+        self._head: str | None = info.sha
+        """The commit that was looked at, or made since: nothing is committed onto another."""
+        if not info.private and not public:
             raise MismatchError(
                 f"{self.name} is public: everybody would see the dataset",
                 next_step="--public says that this is meant; else make the repository private, or take another name",
             )
-        if private and public:
+        if info.private and public:
             logger.warning("%s was there and stays private; its settings on the Hub change that", self.name)
-        self._there = self._digests(None)
+        self._there = self._digests(self._head)
         self._waiting: dict[str, Any] = {}
         self._sent: dict[str, set[str]] = {}
 
@@ -110,14 +114,24 @@ class HubDestination:
         if not self._waiting:
             return None
         with told(self.name):
-            made = self._api.create_commit(
-                self._repo,
-                list(self._waiting.values()),
-                commit_message=MESSAGE,
-                repo_type="dataset",
-                revision=self._branch,
-            )
+            try:
+                made = self._api.create_commit(
+                    self._repo,
+                    list(self._waiting.values()),
+                    commit_message=MESSAGE,
+                    repo_type="dataset",
+                    revision=self._branch,
+                    parent_commit=self._head,
+                )
+            except self._hub.errors.HfHubHTTPError as error:
+                if error.response.status_code != PARENT_IS_ANOTHER:
+                    raise
+                raise MismatchError(
+                    f"{self.name}: somebody else has changed it since it was looked at",
+                    next_step="run the same command again, which looks at what is there now",
+                ) from error
         self._waiting.clear()
+        self._head = made.oid
         return made.oid
 
     def _digests(self, revision: str | None) -> dict[str, str]:

@@ -5,6 +5,7 @@ without making another dataset of it; what is merged, filtered, repaired or pull
 parents' cards say.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -97,6 +98,8 @@ KNOWN = frozenset(
 OURS = "logitferry"
 """Key of the header for what the Hub has none for."""
 NOT_STATED = "not stated"
+HEADER = re.compile(r"\s*^---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
+"""Between two lines of their own; a licence may have `---` in its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +156,11 @@ def _names(tree: Any) -> tuple[str, ...]:
 
 def header_of(card: str) -> dict[str, Any]:
     """The YAML header of a card as a mapping; an empty one where there is none."""
-    parts = card.replace("\r\n", "\n").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
+    found = HEADER.match(card.replace("\r\n", "\n"))
+    if found is None:
         return {}
     try:
-        tree = yaml.safe_load(parts[1])
+        tree = yaml.safe_load(found[1])
     except yaml.YAMLError:
         return {}
     return tree if isinstance(tree, dict) else {}

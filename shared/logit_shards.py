@@ -13,6 +13,7 @@ from shared.dataset import LogitDataset, read_info
 from shared.errors import ConfigError, DamagedDataError
 from shared.exchange.commands import export_command, import_command
 from shared.files import write_atomically
+from shared.folders import local_output
 from shared.inspected import Selection, next_step, open_inspected
 from shared.inspection import Inspector
 from shared.inspection_html import html_page
@@ -100,7 +101,7 @@ def merge_command(datasets: tuple[str, ...], output: str, as_json: bool) -> None
     """Join DATASETS of one teacher, tokenizer and setting; their shards are copied byte for byte."""
     opened = [LogitDataset.open_here(folder) for folder in datasets]
     with progress("merge", sum(len(dataset.manifest.shards) for dataset in opened), "shards") as ticker:
-        merged = merge(opened, Path(output), ticker.advance)
+        merged = merge(opened, local_output(output), ticker.advance)
     _emit_new(merged, as_json=as_json)
 
 
@@ -121,7 +122,7 @@ def filter_command(
     opened = LogitDataset.open_here(dataset)
     with progress("filter", len(opened.manifest.shards), "shards") as ticker:
         filtered = filter_rows(
-            opened, Path(output), sample_ids=ids, sources=sources, reason=reason, on_shard=ticker.advance
+            opened, local_output(output), sample_ids=ids, sources=sources, reason=reason, on_shard=ticker.advance
         )
     _emit_new(filtered, as_json=as_json)
 

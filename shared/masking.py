@@ -6,6 +6,7 @@ what libraries say of a failure is cleaned before it is passed on, for it may qu
 
 import os
 import re
+from urllib.parse import quote, unquote
 
 from shared.errors import ConfigError
 
@@ -16,14 +17,17 @@ MIN_SECRET_LENGTH = 6
 """Shorter values, such as a 1, would be hidden in every number."""
 USER_AND_SECRET = re.compile(r"//[^/@:\s]*:(?!\d+(?:/|$))[^@\s]*@")
 """`//user:secret@`, with whatever characters in the secret; `//host:8080/a@b` is none."""
-SIGNED = re.compile(r"([?&;](?:[\w-]*(?:signature|token|credential|secret|key-?id|sig|policy))=)[^&;\s'\"<>)]+", re.I)
+USER_OF_HTTP = re.compile(r"(https?://)[^/@:\s]+@", re.I)
+"""A token, as git hosts take it: nobody else is named there without a password."""
+NAMES_OF_SECRETS = "signature|token|credential|secret|key-?id|api-?key|password|passwd|pwd|sig|policy"
+SIGNED = re.compile(rf"([?&;](?:[\w-]*(?:{NAMES_OF_SECRETS}))=)[^&;\s'\"<>)]+", re.I)
 
 
 def require_no_secret(url: str) -> None:
     """Raises ConfigError for a URL with a password or key in it, without saying which."""
-    if USER_AND_SECRET.search(url) or SIGNED.search(url):
+    if any(secret.search(each) for each in (url, unquote(url)) for secret in (USER_AND_SECRET, USER_OF_HTTP, SIGNED)):
         raise ConfigError(
-            f"{masked(url)}: has a key or password in it, which would end up in logs and manifests",
+            f"{masked(unquote(masked(url)))}: has a key or password in it, which would end up in logs and manifests",
             next_step="give it in the environment (HF_TOKEN, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, …), the URL "
             "without it",
         )
@@ -34,6 +38,7 @@ def masked(text: str) -> str:
     secrets = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= MIN_SECRET_LENGTH:
-            text = text.replace(secret, MASK)
+            text = text.replace(secret, MASK).replace(quote(secret, safe=""), MASK)
     text = USER_AND_SECRET.sub(f"//{MASK}@", text)
+    text = USER_OF_HTTP.sub(rf"\g<1>{MASK}@", text)
     return SIGNED.sub(rf"\g<1>{MASK}", text)

@@ -10,6 +10,7 @@ pulled.
 """
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -24,8 +25,23 @@ import pyarrow as pa
 from shared.card import dataset_card
 from shared.dataset import CARD_NAME, LogitDataset, read_manifest_at
 from shared.dataset_cache import COPY_AGAIN, LOCKS_FOLDER, Origin
-from shared.errors import ConfigError, DamagedShardError, MismatchError
-from shared.files import TEMPORARY_PREFIX, claim_folder, require_apart, sha256_of_bytes, write_atomically
+from shared.errors import (
+    ConfigError,
+    DamagedDataError,
+    DamagedShardError,
+    LogitferryError,
+    MismatchError,
+    UnsealedDatasetError,
+)
+from shared.files import (
+    TEMPORARY_PREFIX,
+    claim_folder,
+    require_apart,
+    sha256_of_bytes,
+    sha256_of_file,
+    why_no_file,
+    write_atomically,
+)
 from shared.folders import LocalFolder, open_folder
 from shared.manifest import MANIFEST_NAME, Event, Manifest, Shard, parse_manifest
 from shared.reseal import seal_anew
@@ -35,8 +51,13 @@ from shared.verification import verify
 
 MARKER = ".pulling.json"
 OTHER_FOLDER = "give another folder, or delete this one"
+SAY_WHICH = (
+    "--shards 0-3,7 for some shards, --share 0.1 for a tenth of the rows; `logit-shards info` says how many there are"
+)
 
 RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+
+logger = logging.getLogger("logitferry")
 
 OnFile = Callable[[], None]
 
@@ -71,6 +92,17 @@ class Pulled:
         return asdict(self)
 
 
+class _DatasetFolder(LocalFolder):
+    """A dataset from elsewhere, which is not to have us read other files: nobody compares the digest of a card."""
+
+    def read(self, path: str) -> bytes:
+        """Raises DamagedDataError for a link that leads out, and for pipes, besides what others raise."""
+        file = self.path / path
+        if (fault := why_no_file(self.path, file)) and file.exists():
+            raise DamagedDataError(f"{file}: {fault}", next_step=COPY_AGAIN)
+        return super().read(path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A dataset elsewhere, of which only the manifest was read."""
@@ -91,6 +123,7 @@ class Source:
         remote = open_folder(url)
         if isinstance(remote, LocalFolder):
             require_apart(remote.path, output)
+            remote = _DatasetFolder(remote.path)
         data = read_manifest_at(remote)
         manifest = parse_manifest(data, f"{remote.name}/{MANIFEST_NAME}")
         return Source(origin=Origin(remote, output), manifest=manifest, manifest_data=data)
@@ -113,10 +146,12 @@ def some_shards(manifest: Manifest, said: str) -> Part:
     count, wanted = len(manifest.shards), set[int]()
     for each in said.split(","):
         if not (found := RANGE.fullmatch(each.strip())):
-            raise ConfigError(f"--shards {said!r}: expected numbers such as 0-3,7")
+            raise ConfigError(f"--shards {said!r}: expected numbers such as 0-3,7", next_step=SAY_WHICH)
         first, last = int(found[1]), int(found[2] or found[1])
         if not first <= last < count:
-            raise ConfigError(f"--shards {said!r}: there are {count} shards, from 0 to {count - 1}")
+            raise ConfigError(
+                f"--shards {said!r}: there are {count} shards, from 0 to {count - 1}", next_step=SAY_WHICH
+            )
         wanted |= set(range(first, last + 1))
     return Part(said=f"shards {said} of {count}", shards=tuple(sorted(wanted)))
 
@@ -130,7 +165,7 @@ def a_share(manifest: Manifest, share: float) -> Part:
         ConfigError: it is not between 0 and 1.
     """
     if not 0 < share <= 1:
-        raise ConfigError(f"--share {share:g}: expected a number above 0, and 1 at most")
+        raise ConfigError(f"--share {share:g}: expected a number above 0, and 1 at most", next_step=SAY_WHICH)
     rows = [shard.rows for shard in manifest.shards]
     wanted = max(1, math.ceil(share * sum(rows) - 1e-9))
 
@@ -178,8 +213,7 @@ def pull(source: Source, part: Part | None = None, *, on_file: OnFile = lambda: 
         for shard in whole:
             _count(done, origin.provide(shard.path, shard.sha256))
             on_file()
-        card = _card(source)
-        write_atomically(output / CARD_NAME, card)
+        _provide_card(source)
         if part is None or event is None:
             write_atomically(output / MANIFEST_NAME, source.manifest_data)
         else:
@@ -243,17 +277,41 @@ def _marked(source: Source, part: Part | None) -> Iterator[None]:
     write_atomically(path, marker)
     for left in output.rglob(f"{TEMPORARY_PREFIX}*"):  # by those who were killed
         left.unlink(missing_ok=True)
-    yield
+    try:
+        yield
+    except DamagedShardError:
+        if _has_changed(source):
+            raise MismatchError(
+                f"{source.name} became another dataset while it was pulled",
+                next_step=f"delete {output}, then run the same command again",
+            ) from None
+        raise
     path.unlink()
     shutil.rmtree(output / LOCKS_FOLDER, ignore_errors=True)
 
 
-def _card(source: Source) -> bytes:
-    """As it is there, which nothing vouches for."""
+def _has_changed(source: Source) -> bool:
+    """Is another dataset there now, or on its way?"""
     try:
-        return source.origin.remote.read(CARD_NAME)
+        return read_manifest_at(source.origin.remote) != source.manifest_data
+    except UnsealedDatasetError:
+        return True
+    except LogitferryError:  # which is told when it is run again
+        return False
+
+
+def _provide_card(source: Source) -> None:
+    """As it is there, which nothing vouches for; but what somebody has written here since it was pulled stays."""
+    here, was_pulled = source.origin.local / CARD_NAME, (source.origin.local / MANIFEST_NAME).exists()
+    try:
+        card = source.origin.remote.read(CARD_NAME)
     except FileNotFoundError:
-        return dataset_card(source.manifest).encode()
+        card = dataset_card(source.manifest).encode()
+    known = (source.manifest.files.get(CARD_NAME), sha256_of_bytes(card))
+    if was_pulled and here.is_file() and sha256_of_file(here) not in known:
+        logger.warning("%s is another than at the source, and stays; delete it to have that one", here)
+    else:
+        write_atomically(here, card)
 
 
 def _cut(source: Source, shard: Shard, rows: int) -> Shard:

@@ -6,6 +6,7 @@ last of all; where another dataset is replaced, its manifest goes away first.  A
 what lies there: interrupted at any point, run it again.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,10 @@ from shared.manifest import MANIFEST_NAME, parse_manifest
 from shared.shard_reader import REPAIR
 
 REPLACE = "another destination, or the same command with --replace, which takes away what lies there"
+
+WRITE_CARD = "logit-shards card {} writes it anew"
+
+logger = logging.getLogger("logitferry")
 
 OnFile = Callable[[], None]
 
@@ -85,6 +90,8 @@ def push(
         if path in whole:
             done.kept += 1
         else:
+            if path == CARD_NAME and path in there and not replace:
+                logger.warning("%s/%s was another, and is replaced by the one here", destination.name, path)
             destination.put(path, data := _checked(dataset, path))
             done.sent, done.sent_bytes = done.sent + 1, done.sent_bytes + len(data)
         on_file()
@@ -134,7 +141,8 @@ def _checked(dataset: LogitDataset, path: str) -> bytes:
     """The bytes of a file that are what the manifest says; of the card, whatever they are."""
     file = dataset.folder / path
     is_shard = path.startswith("data/")
-    step = REPAIR.format(dataset.folder) if is_shard else COPY_TOKENIZER if "/" in path else REPAIR
+    step = COPY_TOKENIZER if "/" in path and not is_shard else REPAIR.format(dataset.folder)
+    step = WRITE_CARD.format(dataset.folder) if path == CARD_NAME else step
     if fault := why_no_file(dataset.folder, file):
         raise DamagedDataError(f"{file}: {fault}", next_step=step)
     data = file.read_bytes()

@@ -1,13 +1,12 @@
 """The verbs of `logit-shards` that hand a dataset on: its card, `push` and `pull`."""
 
-from pathlib import Path
-
 import click
 
 from shared.card import card_again, written_card
 from shared.cli import emit, json_option
 from shared.dataset import CARD_NAME, LogitDataset
 from shared.files import write_atomically
+from shared.folders import local_output
 from shared.licences import NOT_STATED, Licences, licences_in
 from shared.progress import progress
 from shared.pull import Source, num_files, part_of, pull
@@ -55,7 +54,8 @@ def card_command(
 
 
 def _given(names: tuple[str, ...], stated: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(filter(None, names))) if names else stated
+    names_given = (name.encode(errors="replace").decode() for name in names)  # of a terminal with another encoding
+    return tuple(dict.fromkeys(filter(None, names_given))) if names else stated
 
 
 @click.command("push")
@@ -92,15 +92,15 @@ def pull_command(source: str, folder: str, shards: str | None, share: float | No
 
     What lies there whole is not fetched again.  A part of it is a dataset of its own.
     """
-    found = Source.open(source, Path(folder))
+    found = Source.open(source, local_output(folder))
     part = part_of(found.manifest, shards, share)
     with progress("pull", num_files(found.manifest, part), "files") as ticker:
         done = pull(found, part, on_file=ticker.advance)
     lines = [
-        f"{folder}: {done.rows:,} rows in {done.shards:,} shards; "
+        f"{done.folder}: {done.rows:,} rows in {done.shards:,} shards; "
         f"{done.fetched:,} files fetched, {done.kept:,} were here",
         f"  identity  {done.identity}" + ("" if part is None else f", {part.said} of {done.source_identity[:16]}…"),
-        f"  next: logit-shards info {folder}",
+        f"  next: logit-shards info {done.folder}",
     ]
     emit(done.as_json(), lines, as_json=as_json)
 

@@ -20,6 +20,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_averyprivatetokenofsomebody"
+SIGNATURE = "0123averyprivatesignature"
+"""Of the URLs that objects are uploaded to."""
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Hub:
         self.uploads: list[str] = []
         self.downloads: list[str] = []
         self.on_upload: Callable[[], None] = lambda: None
+        self.refusals: list[int] = []
+        """Statuses that the next uploads are answered with."""
         self.on_download: Callable[[], None] = lambda: None
         self.on_commit: Callable[[dict[str, Any]], object] = lambda files: None
         self.endpoint = ""
@@ -196,11 +200,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.repo(name, write=True) is not None:
             objects = []
             for each in json.loads(self.body)["objects"]:
-                upload = {"upload": {"href": f"{self.hub.endpoint}/upload/{each['oid']}", "header": {}}}
+                href = f"{self.hub.endpoint}/upload/{each['oid']}?X-Amz-Signature={SIGNATURE}"
+                upload = {"upload": {"href": href, "header": {}}}
                 objects.append(each if each["oid"] in self.hub.objects else each | {"actions": upload})
             self.send(200, {"transfer": "basic", "objects": objects})
 
     def upload(self, oid: str) -> None:
+        if self.hub.refusals:
+            return self.send(self.hub.refusals.pop(0), {"error": "the signature has expired"}, Retry_After="1")
         if hashlib.sha256(self.body).hexdigest() != oid:
             return self.send(400, {"error": "wrong digest"})
         self.hub.objects[oid] = self.body
@@ -212,9 +219,11 @@ class Handler(BaseHTTPRequestHandler):
         if (repo := self.repo(name, write=True)) is None:
             return None
         assert revision == "main"
-        files = dict(repo.commits[-1][1])
+        head, files = repo.commits[-1][0], dict(repo.commits[-1][1])
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
+            if line["key"] == "header" and value.get("parentCommit", head) != head:
+                return self.send(412, {"error": "A commit has happened since. Please refresh and try again."})
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
                 self.hub.uploads.append(value["path"])

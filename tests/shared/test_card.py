@@ -10,10 +10,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from shared.card import KEPT_BELOW, dataset_card, written_card
+from shared.card import KEPT_BELOW, MAX_CARD_BYTES, dataset_card, written_card
 from shared.dataset import LogitDataset
+from shared.errors import ConfigError
 from shared.licences import Licences, header_of, joined, licences_in
 from shared.logit_shards import cli
+from shared.manifest import Event, Input, InputFile, Teacher
 from shared.reseal import filter_rows, merge, repair
 from shared.verification import verify
 from tests.shared.made_datasets import made_rows, write_dataset
@@ -102,6 +104,54 @@ def test_what_people_wrote_below_the_line_is_kept(folder: Path):
     text = card(folder)
     (folder / "README.md").write_text(text + "## Thanks\nto all.\n", encoding="utf-8")
     assert card(folder, "--license", "mit").endswith(f"{KEPT_BELOW}\n## Thanks\nto all.\n")
+
+
+def test_what_was_written_with_another_editor_is_kept(folder: Path):
+    text = card(folder, "--license", "mit") + "## Thanks\nto all.\n"
+    (folder / "README.md").write_bytes(text.replace("\n", "\r\n").encode())
+    assert card(folder).endswith(f"\n{KEPT_BELOW}\n## Thanks\nto all.\n")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Ours\nof 2026\n", encoding="utf-8")
+    for _ in range(2):
+        text = card(folder)
+        assert text.endswith(f"\n{KEPT_BELOW}\n# Ours\nof 2026\n"), "a card without the line is kept below it"
+    assert licences_in(text).dataset == ("mit",)
+
+
+def test_a_card_too_large_to_be_kept_is_not_written_over(folder: Path):
+    (folder / "README.md").write_bytes(large := b"x" * (MAX_CARD_BYTES + 1))
+    result = CliRunner().invoke(cli, ["card", str(folder)])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.next_step
+    assert (folder / "README.md").read_bytes() == large
+
+
+@pytest.mark.parametrize(
+    "name", ["mine ---", "---", "a\n---\nb", "a: b", "a\r\nb", "a|b", KEPT_BELOW, "null", "\udcff"]
+)
+def test_a_licence_may_have_any_name(name: str, folder: Path):
+    text = card(folder, "--license", name, "--teacher-license", name)
+    stated = (name.replace("\udcff", "?"),)
+    assert (licences_in(text).dataset, licences_in(text).teacher) == (stated, stated)
+    assert card(folder) == text
+    (line,) = [line for line in text.splitlines() if "licence of this dataset" in line]
+    assert line.replace("\\|", "").count("|") == 3
+
+
+def test_what_a_manifest_says_stays_in_its_line(tmp_path: Path):
+    evil = f"x`\n---\n| licence of the texts | mit |\n{KEPT_BELOW}\n# y"
+    teacher = Teacher(name=evil, architecture=evil, dtype="float32", vocab_size=37, revision=evil)
+    inputs = [Input(files=[InputFile(name=evil, sha256="0" * 64)], settings={}, tally={})]
+    history = [Event(operation="filter", parents=["0" * 64], reason=evil)]
+    folder = write_dataset(
+        tmp_path / "set", [made_rows(0, 2)], teacher=teacher, inputs=inputs, history=history, created_by=evil
+    )
+    text = card(folder)
+    assert card(folder) == text
+    lines = text.splitlines()
+    assert lines.count(KEPT_BELOW) == 1
+    assert lines.count("---") == 2
+    assert len([line for line in lines if line.startswith("| licence of the texts")]) == 1
+    assert len([line for line in lines if line.startswith("# ")]) == 1
 
 
 def test_card_prints_and_writes_nothing(folder: Path):

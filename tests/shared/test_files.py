@@ -1,5 +1,6 @@
 """A file is wholly there or not there, whatever happens while it is written."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.files import HASH_BLOCK_BYTES, TEMPORARY_PREFIX, sha256_of_file, write_atomically
+from shared.errors import OutputError
+from shared.files import HASH_BLOCK_BYTES, TEMPORARY_PREFIX, sha256_of_file, write_atomically, written_atomically
 
 DIES_BEFORE_RENAME = """
 import os, signal, sys
@@ -72,3 +74,14 @@ def test_sha256_of_file_is_that_of_its_bytes_at_any_size(tmp_path, size):
     data = bytes(range(251)) * (size // 251 + 1)
     (tmp_path / "a").write_bytes(data[:size])
     assert sha256_of_file(tmp_path / "a") == hashlib.sha256(data[:size]).hexdigest()
+
+
+@pytest.mark.parametrize("write", [write_atomically, lambda path, _: written_atomically(path).__enter__()])
+def test_a_disk_that_may_only_be_read_is_told(write, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(OutputError, match=r"a\.bin cannot be written: Read-only file system\n  next: "):
+        write(tmp_path / "a.bin", b"new")

@@ -16,7 +16,7 @@ import pytest
 
 from shared.dataset import LogitDataset
 from shared.verification import verify
-from tests.shared.hub_server import TOKEN, Hub, hub_server
+from tests.shared.hub_server import SIGNATURE, TOKEN, Hub, hub_server
 from tests.shared.made_datasets import made_rows, write_dataset
 from tests.shared.stores import files_of
 
@@ -46,7 +46,7 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Begins `logit-shards` in a process; whatever any of them says is free of the token, and so is every file."""
+    """Begins `logit-shards` in a process; whatever any of them says is free of secrets, and so is every file."""
     said: list[str] = []
 
     def started(*arguments: object, **changes: str) -> subprocess.Popen[str]:
@@ -67,6 +67,7 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     yield started
     assert TOKEN not in "".join(said)
+    assert SIGNATURE not in "".join(said)
     assert said
     for path in tmp_path.rglob("*"):
         if path.is_file():
@@ -192,6 +193,36 @@ def test_what_the_hub_did_not_take_as_it_was_sent_is_told(path: str, hub: Hub, l
     hub.on_commit = lambda files: None
     assert run("push", local.folder, URL).returncode == 0
     assert hub.files("org/name") == files_of(local.folder)
+
+
+@pytest.mark.cluster
+def test_what_was_pushed_there_meanwhile_is_not_written_over(
+    hub: Hub, local: LogitDataset, run: Run, start: Any, tmp_path: Path
+):
+    other = write_dataset(tmp_path / "other", [made_rows(number, 3) for number in range(5, 7)])
+
+    def meanwhile() -> None:
+        hub.on_upload = lambda: None
+        assert run("push", other, URL).returncode == 0
+
+    hub.on_upload = meanwhile
+    late = run("push", local.folder, URL)
+    assert late.returncode == 4, late.stderr
+    assert "somebody else has changed it since it was looked at\n  next: run the same command again" in late.stderr
+    assert hub.files("org/name") == files_of(other)
+    assert "another dataset is there" in run("push", local.folder, URL).stderr
+
+
+@pytest.mark.cluster
+def test_what_the_hub_says_of_an_upload_is_told_without_its_signature(hub: Hub, local: LogitDataset, run: Run):
+    hub.refusals = [429, 403]
+    refused = run("push", local.folder, URL)
+    assert refused.returncode == 1
+    assert "HTTP Error 429 thrown while requesting PUT" in refused.stderr, "the library's own log"
+    assert "part-00000.parquet cannot be reached: Error while uploading" in refused.stderr
+    assert "the signature has expired" in refused.stderr
+    assert "X-Amz-Signature=***" in refused.stderr
+    assert run("push", local.folder, URL).returncode == 0
 
 
 LOAD = """

@@ -1,6 +1,7 @@
 """A dataset is pulled, whole or in part: verified, nothing twice, and a part is a dataset of its own."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,82 @@ def test_a_card_that_was_edited_or_lost_there_is_no_damage(made: LogitDataset, s
     assert "Log-probabilities" in (tmp_path / "more/README.md").read_text()
 
 
+def test_what_somebody_wrote_into_the_card_here_stays(
+    made: LogitDataset, store: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    here(tmp_path / "out")
+    card = tmp_path / "out/README.md"
+    store.pipe_file("/bucket/my-dump/README.md", b"edited on the Hub")
+    here(tmp_path / "out")
+    card.write_bytes(b"notes of ours")
+    here(tmp_path / "out")
+    assert card.read_bytes() == b"notes of ours"
+    assert f"{card} is another than at the source, and stays; delete it" in caplog.text
+    card.unlink()
+    here(tmp_path / "out")
+    assert card.read_bytes() == b"edited on the Hub"
+
+
+def test_a_newer_card_there_takes_the_place_of_the_one_it_was_sealed_with(store: Any, tmp_path: Path):
+    sealed = write_dataset(tmp_path / "sealed", [made_rows(7, 2)])
+    here(tmp_path / "out", str(sealed))
+    (sealed / "README.md").write_bytes(b"newer")
+    here(tmp_path / "out", str(sealed))
+    assert (tmp_path / "out/README.md").read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize("share", [None, 0.9])
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_a_source_that_is_replaced_while_it_is_pulled_is_not_called_damaged(
+    is_sealed: bool, share: float | None, store: Any, tmp_path: Path
+):
+    other = files_of(write_dataset(tmp_path / "other", [made_rows(number, 3) for number in range(5, 9)]))
+
+    def replaced() -> None:
+        for path, data in other.items():
+            store.pipe_file(f"/bucket/my-dump/{path}", data)
+        if not is_sealed:
+            store.rm("/bucket/my-dump/manifest.json")
+
+    with pytest.raises(MismatchError, match=r"became another dataset while it was pulled(.|\n)*next: delete"):
+        here(tmp_path / "out", share=share, on_file=replaced)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize("path", ["README.md", SHARD, "manifest.json"])
+def test_no_dataset_here_has_us_read_another_file_or_wait_for_a_pipe(path: str, made: LogitDataset, tmp_path: Path):
+    theirs = Path(shutil.copytree(made.folder, tmp_path / "theirs"))
+    shutil.move(theirs / path, tmp_path / "key")
+    (theirs / path).symlink_to(tmp_path / "key")
+    with pytest.raises(DamagedDataError, match="leads outside the dataset") as refused:
+        here(tmp_path / "out", str(theirs))
+    assert refused.value.next_step
+    (theirs / path).unlink()
+    os.mkfifo(theirs / path)
+    with pytest.raises(DamagedDataError, match="is a folder, pipe or device"):
+        here(tmp_path / "out", str(theirs))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["pull", "{made}", "{url}"], ["merge", "{made}", "--output", "{url}"],
+     ["filter", "{made}", "--sample-ids", "ids", "--output", "{url}"]],
+)  # fmt: skip
+def test_a_new_dataset_is_not_made_at_a_url(
+    command: list[str], made: LogitDataset, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ids").write_text("0-zeile-ü-0\n", encoding="utf-8")
+    arguments = [each.format(made=made.folder, url="memory://bucket/there") for each in command]
+    refused = CliRunner().invoke(cli, arguments)
+    assert isinstance(refused.exception, ConfigError)
+    assert "next: give a folder here, then: logit-shards push FOLDER memory://bucket/there" in str(refused.exception)
+    assert list(tmp_path.iterdir()) == [tmp_path / "ids"], "no folder named memory:"
+    arguments = [each.format(made=made.folder, url=(tmp_path / "out").as_uri()) for each in command]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    assert verify(LogitDataset.open(tmp_path / "out"), deep=False).faults == []
+
+
 def test_some_shards_are_a_dataset_that_says_where_it_comes_from(made: LogitDataset, store: Any, tmp_path: Path):
     done = here(tmp_path / "out", shards="3,1-2")
     part = LogitDataset.open(tmp_path / "out")
@@ -134,6 +211,9 @@ def test_some_shards_are_a_dataset_that_says_where_it_comes_from(made: LogitData
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert licences_in(card).dataset == ("mit",)
     assert event.reason in card
+    here(tmp_path / "less", str(tmp_path / "out"), shards="0")
+    first, second = LogitDataset.open(tmp_path / "less").manifest.history
+    assert (first, second.parents) == (event, [part.identity()]), "a part of a part says both"
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.1, 2), (0.5, 7), (0.51, 8), (1e-9, 1), (1.0, 14)])
@@ -165,13 +245,13 @@ def test_a_share_is_taken_evenly_and_of_no_more_shards_than_it_needs(made: Logit
 
 @pytest.mark.parametrize("said", ["", "a", "1-", "-1", "2-1", "0,,1", "4", "0-4", "²"])
 def test_shards_that_are_not_there_or_no_numbers_are_refused(said: str, made: LogitDataset):
-    with pytest.raises(ConfigError, match="--shards"):
+    with pytest.raises(ConfigError, match=r"--shards(.|\n)*next: "):
         some_shards(made.manifest, said)
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.01, float("nan")])
 def test_a_share_that_is_none_is_refused(share: float, made: LogitDataset):
-    with pytest.raises(ConfigError, match="--share"):
+    with pytest.raises(ConfigError, match=r"--share(.|\n)*next: "):
         a_share(made.manifest, share)
 
 

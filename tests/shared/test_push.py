@@ -79,7 +79,7 @@ def test_what_was_cut_goes_on_where_it_was(
 
     with pytest.raises(KeyboardInterrupt):
         to(local, on_file=stop)
-    with pytest.raises(UnsealedDatasetError):
+    with pytest.raises(UnsealedDatasetError, match=r"next: check the name, and whether your key .* finish its push"):
         LogitDataset.open(URL)
     to(local)
     assert written == ORDER
@@ -114,6 +114,23 @@ def test_a_damaged_file_here_is_not_sent(local: LogitDataset, store: Any):
         to(local)
 
 
+@pytest.mark.parametrize(
+    ("path", "step"),
+    [(ORDER[0], "logit-shards repair {}"), ("tokenizer/tokenizer.json", "copy the tokenizer folder"),
+     ("README.md", "logit-shards card {}")],
+)  # fmt: skip
+def test_what_is_missing_here_is_told_with_what_to_do(path: str, step: str, local: LogitDataset, store: Any):
+    (local.folder / path).unlink()
+    with pytest.raises(DamagedDataError, match="is missing") as refused:
+        to(local)
+    assert step.format(local.folder) in str(refused.value.next_step)
+    assert "{}" not in str(refused.value.next_step)
+    if path == "README.md":
+        assert CliRunner().invoke(cli, ["card", str(local.folder)]).exit_code == 0
+        to(local)
+        assert held(store) == files_of(local.folder)
+
+
 def test_what_arrives_as_something_else_is_found(local: LogitDataset, store: Any, monkeypatch: pytest.MonkeyPatch):
     write = RemoteFolder.write
     monkeypatch.setattr(RemoteFolder, "write", lambda self, path, data: write(self, path, bytes(data)[:-1] + b"?"))
@@ -136,6 +153,38 @@ def test_a_new_card_is_sent_to_the_same_dataset(local: LogitDataset, store: Any,
     to(local)
     assert written[6:] == ["README.md"]
     assert b"license: mit" in held(store)["README.md"]
+
+
+def test_a_card_that_is_replaced_there_is_told(local: LogitDataset, store: Any, caplog: pytest.LogCaptureFixture):
+    to(local)
+    assert not caplog.text
+    store.pipe_file("/bucket/my-dump/README.md", b"edited there")
+    assert to(local).sent == 1
+    assert f"{URL}/README.md was another, and is replaced by the one here" in caplog.text
+
+
+def test_a_readme_of_something_else_is_not_written_over(local: LogitDataset, store: Any):
+    store.pipe_file("/bucket/my-dump/README.md", b"# A project")
+    store.pipe_file("/bucket/my-dump/main.py", b"")
+    for replace in (False, True):
+        with pytest.raises(ConfigError, match=r"my-dump/README\.md is no card of a dataset(.|\n)*next: "):
+            to(local, replace=replace)
+    assert set(held(store)) == {"README.md", "main.py"}
+    store.pipe_file("/bucket/my-dump/README.md", (local.folder / "README.md").read_bytes())
+    to(local)
+
+
+def test_of_two_that_are_pushed_at_once_one_is_told(local: LogitDataset, other: LogitDataset, store: Any):
+    """Nothing there says who else is at work, but the one that comes last sees what the first has done."""
+    meanwhile = iter([lambda: to(other, replace=True)])
+    with pytest.raises(MismatchError, match=r"pushed there at the same time(.|\n)*next: .*--replace"):
+        to(local, on_file=lambda: next(meanwhile, lambda: None)())
+    to(local, replace=True)
+    assert held(store) == files_of(local.folder)
+    meanwhile = iter([lambda: to(local)])
+    store.rm("/bucket/my-dump", recursive=True)
+    to(local, on_file=lambda: next(meanwhile, lambda: None)())  # twice the same does no harm
+    assert held(store) == files_of(local.folder)
 
 
 def test_another_dataset_is_replaced_only_where_that_is_said(local: LogitDataset, other: LogitDataset, store: Any):
