@@ -8,10 +8,10 @@ Paths in a config are relative to the folder where the command is run.
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from shared.errors import ConfigError
 
@@ -23,6 +23,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+
+def _on_this_machine(path: str) -> str:
+    if "://" in path:
+        raise ValueError("is a URL, and what is written there has to be on this machine: give a folder")
+    return path
+
+
+LocalPath = Annotated[str, AfterValidator(_on_this_machine)]
+"""Where files are renamed and folders locked, which an object store cannot do."""
 
 S = TypeVar("S", bound=Settings)
 

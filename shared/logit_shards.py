@@ -33,10 +33,6 @@ def cli() -> None:
     pass
 
 
-for verb in SHARING:
-    cli.add_command(verb)
-
-
 @cli.command("info")
 @click.argument("dataset")
 @json_option
@@ -51,7 +47,7 @@ def info_command(dataset: str, as_json: bool) -> None:
 @click.option("--deep", is_flag=True, help="Also decode every value and check alignment, ranges and mass.")
 @json_option
 def verify_command(dataset: str, deep: bool, as_json: bool) -> None:
-    """Read every byte of DATASET and compare it with the manifest's digests and counts."""
+    """Compare every byte of DATASET with what its manifest says."""
     opened = LogitDataset.open_here(dataset)
     with progress("verify", len(opened.manifest.shards), "shards") as ticker:
         found = verify(opened, deep=deep, on_shard=ticker.advance)
@@ -78,9 +74,9 @@ def verify_command(dataset: str, deep: bool, as_json: bool) -> None:
 @click.argument("dataset")
 @json_option
 def repair_command(dataset: str, as_json: bool) -> None:
-    """Take damaged and missing shards out of DATASET, so that it verifies and its dump can make them again.
+    """Take damaged and missing shards out of DATASET.
 
-    Their files are moved to a folder beside the dataset.
+    It verifies then, and its dump can make them again.  Their files are moved to a folder beside the dataset.
     """
     opened = LogitDataset.open_here(dataset)
     with progress("verify", len(opened.manifest.shards), "shards") as ticker:
@@ -98,7 +94,7 @@ def repair_command(dataset: str, as_json: bool) -> None:
 @click.option("--output", required=True, help="Folder of the new dataset.")
 @json_option
 def merge_command(datasets: tuple[str, ...], output: str, as_json: bool) -> None:
-    """Join DATASETS of one teacher, tokenizer and setting; their shards are copied byte for byte."""
+    """Join DATASETS of one teacher, tokenizer and setting.  Their shards are copied byte for byte."""
     opened = [LogitDataset.open_here(folder) for folder in datasets]
     with progress("merge", sum(len(dataset.manifest.shards) for dataset in opened), "shards") as ticker:
         merged = merge(opened, local_output(output), ticker.advance)
@@ -115,7 +111,7 @@ def merge_command(datasets: tuple[str, ...], output: str, as_json: bool) -> None
 def filter_command(
     dataset: str, output: str, sources: tuple[str, ...], sample_ids: str | None, reason: str | None, as_json: bool
 ) -> None:
-    """Write DATASET anew without some of its rows: a licence was withdrawn, a benchmark leaked in."""
+    """Write DATASET anew without some of its rows.  A licence was withdrawn, a benchmark leaked in."""
     ids = _read_lines(Path(sample_ids)) if sample_ids else []
     if not ids and not sources:
         raise ConfigError("nothing is to be left out", next_step="give --source NAME or --sample-ids FILE")
@@ -173,7 +169,7 @@ def inspect_command(
     html: str | None,
     as_json: bool,
 ) -> None:
-    """Show rows as the trainer will see them: supervised tokens in colour, by the teacher's surprise in a dataset.
+    """Show rows as the trainer will see them.  Supervised tokens in colour, by the teacher's surprise in a dataset.
 
     PATH is a text file (with --tokenizer), the config of a dump or a training, or a dataset.
     """
@@ -212,8 +208,8 @@ def inspect_command(
         console.print(f"  next: {step}")
 
 
-cli.add_command(import_command)
-cli.add_command(export_command)
+for verb in (*SHARING, import_command, export_command):
+    cli.add_command(verb)
 
 
 def _info_lines(dataset: str, info: dict[str, Any]) -> list[str]:

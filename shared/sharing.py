@@ -29,10 +29,10 @@ def card_command(
     only_print: bool,
     as_json: bool,
 ) -> None:
-    """Write the card (README.md) of DATASET anew: what it is, its licences, how to read it.
+    """Write the card (README.md) of DATASET anew.
 
-    A licence that is not given stays as the card states it; '' takes it away.  Nothing else of the dataset changes, nor
-    does its identity.
+    What it is, its licences, how to read it.  A licence that is not given stays as the card states it; '' takes it
+    away.  Nothing else of the dataset changes, nor does its identity.
     """
     opened = LogitDataset.open_here(dataset)
     stated = licences_in(written_card(opened))
@@ -65,9 +65,10 @@ def _given(names: tuple[str, ...], stated: tuple[str, ...]) -> tuple[str, ...]:
 @click.option("--replace", is_flag=True, help="Take away another dataset that lies there.")
 @json_option
 def push_command(dataset: str, destination: str, public: bool, replace: bool, as_json: bool) -> None:
-    """Bring DATASET to the Hub (hf://datasets/ORG/NAME), or to a folder or any fsspec URL, such as s3://bucket/name.
+    """Bring DATASET to the Hub, to a folder or any fsspec URL.
 
-    What lies there already is not sent again.  Tokens and keys come from the environment: HF_TOKEN, AWS_….
+    As hf://datasets/ORG/NAME, or s3://bucket/name.  What lies there already is not sent again.  Tokens and keys come
+    from the environment: HF_TOKEN, AWS_….
     """
     opened = LogitDataset.open_here(dataset)
     with progress("push", num_pushed(opened), "files") as ticker:
@@ -88,9 +89,10 @@ def push_command(dataset: str, destination: str, public: bool, replace: bool, as
 @click.option("--share", type=float, metavar="0.1", help="Only this share of the rows, taken evenly.")
 @json_option
 def pull_command(source: str, folder: str, shards: str | None, share: float | None, as_json: bool) -> None:
-    """Bring the dataset at SOURCE, a path or URL as for `push`, to FOLDER, every byte compared with its digest.
+    """Bring the dataset at SOURCE, or a part of it, to FOLDER.
 
-    What lies there whole is not fetched again.  A part of it is a dataset of its own.
+    SOURCE is a path or URL as for `push`; every byte is compared with its digest.  What lies in FOLDER whole is not
+    fetched again.  A part is a dataset of its own.
     """
     found = Source.open(source, local_output(folder))
     part = part_of(found.manifest, shards, share)

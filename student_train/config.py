@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shared.config import Settings
+from shared.config import LocalPath, Settings
 from shared.models_config import ModelSettings
 from student_train.data_config import DataSettings, HeldOutSettings
 from student_train.objective import DivergenceName, Objective
@@ -163,7 +163,7 @@ class LogSettings(Settings):
 class TrainSettings(Settings):
     student: StudentSettings
     data: DataSettings
-    output: str
+    output: LocalPath
     """Folder for the log and the trained model."""
     held_out: HeldOutSettings = HeldOutSettings()
     loss: LossSettings = LossSettings()

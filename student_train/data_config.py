@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from shared.config import Settings
+from shared.config import LocalPath, Settings
 from shared.text_config import TextSettings
 
 Manner = Literal["reasoning", "fast"]
@@ -151,7 +151,7 @@ class DataSettings(SourceSettings):
 
     mix: list[MixedSettings] = []
     """Several datasets, or several texts; without weights each row comes equally often."""
-    cache: str | None = None
+    cache: LocalPath | None = None
     """Folder on this machine for what is fetched from URLs; null takes ~/.cache/logitferry/datasets."""
 
     @model_validator(mode="after")

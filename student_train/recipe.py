@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from shared.config import Settings, check_settings, read_yaml, settings_yaml
+from shared.config import LocalPath, Settings, check_settings, read_yaml, settings_yaml
 from shared.errors import ConfigError
 from shared.files import claim_folder, write_atomically
 from student_train.config import TrainSettings
@@ -52,7 +52,7 @@ class StageSettings(TrainSettings):
 
 
 class Recipe(Settings):
-    output: str
+    output: LocalPath
     """Folder of the stages' folders."""
     stages: dict[Name, StageSettings] = Field(min_length=1)
     """In this order."""

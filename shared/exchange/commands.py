@@ -17,6 +17,7 @@ from shared.exchange.foreign_tokenizer import read_tokenizer
 from shared.exchange.importing import ImportSettings, Tail, import_dataset
 from shared.exchange.lists import ForeignRow
 from shared.exchange.records import ForeignRecord
+from shared.folders import local_output
 from shared.manifest import losses_line
 from shared.progress import progress
 from shared.text_files import find_text_files
@@ -65,7 +66,7 @@ def import_command(
     max_kl: float,
     as_json: bool,
 ) -> None:
-    """Make a dataset from SOURCES of another toolkit: files, folders, globs; see shared/EXCHANGE.md."""
+    """Make a dataset from SOURCES of another toolkit.  Files, folders, globs; see shared/EXCHANGE.md."""
     files = find_text_files(sources)
     read: Any = partial(_axolotl_rows, vocab_size=vocab_size)
     columns, read_with = axolotl.COLUMNS, {}
@@ -89,7 +90,9 @@ def import_command(
         read_with=read_with,
     )
     with progress("import", None, "rows") as ticker:
-        dataset, alignment = import_dataset(files, read_tokenizer(tokenizer), Path(output), settings, ticker.advance)
+        dataset, alignment = import_dataset(
+            files, read_tokenizer(tokenizer), local_output(output), settings, ticker.advance
+        )
     info = dataset.info()
     tally = info["inputs"][0]["tally"]
     mine = alignment[f"{offset}"]
@@ -116,13 +119,13 @@ def import_command(
 @click.option("--renormalise", is_flag=True, help="axolotl: lists that add up to one, as its own preparation makes.")
 @json_option
 def export_command(dataset: str, form: Form, output: str, offset: int, renormalise: bool, as_json: bool) -> None:
-    """Write DATASET as others read it, verified on the way; see shared/EXCHANGE.md."""
+    """Write DATASET as other toolkits read it.  Verified on the way; see shared/EXCHANGE.md."""
     if form != "axolotl" and (renormalise or offset != axolotl.TRAINER_OFFSET):
         raise ConfigError("--offset and --renormalise are for --to axolotl")
     opened = LogitDataset.open(dataset)
     settings = ExportSettings(form=form, offset=offset, renormalised=renormalise)
     with progress("export", len(opened.manifest.shards), "shards") as ticker:
-        result = export_dataset(opened, Path(output), settings, ticker.advance)
+        result = export_dataset(opened, local_output(output), settings, ticker.advance)
     line = f"{output}: {result['rows']:,} rows, {result['positions']:,} positions, {result['size_bytes']:,} bytes"
     emit(result, [line], as_json=as_json)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from shared.config import Settings
+from shared.config import LocalPath, Settings
 from student_train.config import StudentSettings
 from student_train.data_config import DataSettings
 
@@ -66,7 +66,7 @@ class EvalSettings(Settings):
     student: StudentSettings
     data: DataSettings | None = None
     """Rows to measure by; lm_eval alone needs none."""
-    output: str
+    output: LocalPath
     """Folder for eval.json."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens of one forward pass that measures."""

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from shared.config import Settings
+from shared.config import LocalPath, Settings
 from student_train.config import StudentSettings
 from student_train.data_config import DataSettings
 
@@ -11,7 +11,7 @@ class ScoreSettings(Settings):
     student: StudentSettings
     data: DataSettings
     """Rows to score, of a manner where one is named; what a teacher said of their labels is written down as well."""
-    output: str
+    output: LocalPath
     """Folder for scores.jsonl and score.json."""
     rollouts: str | None = None
     """Output folder of `student-train rollout` on the same rows with verify, or a glob of such records: how often each

@@ -125,11 +125,13 @@ def test_cli_answers_programs_at_every_verb(command):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_cli_shows_its_help_where_no_verb_is_given(run, name):
+def test_cli_shows_its_help_where_no_verb_is_given(run, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     main, verb = COMMANDS[name]
     code, output, errors = run(main)
     assert code == 2
     assert f"\n  {verb} " in output + errors
+    assert "..." not in (output + errors).partition("Commands:")[2], "what a verb does is said in one line"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,11 @@ def test_cli_shows_its_help_where_no_verb_is_given(run, name):
         ("teacher-dump", "rnu", "no verb 'rnu'; did you mean run?"),
         ("student-train", "runs", "no verb 'runs'; did you mean run?"),
         ("logit-shards", "verfy", "no verb 'verfy'; did you mean verify?"),
-        ("logit-shards", "zzz", "there are: card, export, filter, import, info, inspect, merge, pull, push, repair"),
+        (
+            "logit-shards",
+            "zzz",
+            "there are: info, verify, repair, merge, filter, inspect, card, push, pull, import, export",
+        ),
     ],
 )
 def test_cli_suggests_the_verb_that_was_meant(run, name, mistyped, hint):

@@ -193,3 +193,10 @@ def test_settings_are_frozen_at_every_level(write):
         settings.output = "elsewhere"
     with pytest.raises(ValidationError, match="frozen"):
         settings.keep.k = 3
+
+
+def test_load_settings_refuses_to_train_into_a_url(write):
+    """Which would be a folder of that name here."""
+    config = "student: {model: m}\ndata: {dataset: d}\nsteps: 1\noutput: s3://bucket/x\n"
+    message = refusal(write(config), kind=TrainSettings)
+    assert "output: is a URL, and what is written there has to be on this machine: give a folder, got 's3://" in message

@@ -90,6 +90,16 @@ def test_the_folder_that_one_is_in_is_no_output(tmp_path, import_into, monkeypat
     assert "next: " in err
 
 
+def test_a_url_is_no_folder_of_that_name_here(tmp_path, import_into, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = sealed(tmp_path / "d", written_rows(2, 40))
+    assert import_into(lines(tmp_path / "a.jsonl", one()), "--output", "memory://bucket/x")[0] == 2
+    code, _, err = command("export", dataset.folder, "--to", "jsonl", "--output", "memory://bucket/x.jsonl")
+    assert code == 2
+    assert "is not on this machine" in err
+    assert not (tmp_path / "memory:").exists()
+
+
 def test_too_little_to_tell_is_said_and_imported(tmp_path, import_into):
     code, _, err = import_into(lines(tmp_path / "a.jsonl", one()))
     assert code == 0, err
