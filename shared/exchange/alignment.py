@@ -49,8 +49,8 @@ class Alignment:
         lists = max(self.lists, 1)
         return {
             f"{offset}": {
-                "share_in_list": round(self.hits[n] / lists, 4),
-                "mean_logprob": round(self.logp[n] / lists, 4),
+                "share_in_list": round(float(self.hits[n]) / lists, 4),
+                "mean_logprob": round(float(self.logp[n]) / lists, 4),
             }
             for n, offset in enumerate(OFFSETS)
         }

@@ -116,9 +116,11 @@ def import_dataset(
             )
         if not found.alignment.is_telling(settings.offset):
             logger.warning(
-                "alignment: too little to tell by that offset %d is the right one: %s",
+                "alignment: too little to tell by that offset %d is the right one; of the lists hold the token: %s",
                 settings.offset,
-                found.alignment.summary(),
+                ", ".join(
+                    f"{each['share_in_list']:.1%} at {offset}" for offset, each in found.alignment.summary().items()
+                ),
             )
         _seal(aside, tokenizer, settings, found, shards, files)
         sync_tree(aside)

@@ -256,6 +256,7 @@ def test_cli_prints_exactly_one_json_object(run, dumped):
         "rows": 5,
         "positions": info["positions"],
         "faults": [],
+        "card_is_new": False,
     }
     code, output, _ = run(teacher_dump.cli.main, "run", dumped.parent / "dump.yaml", "--json")
     assert code == 0

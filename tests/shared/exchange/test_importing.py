@@ -84,6 +84,8 @@ def test_too_little_to_tell_is_said_and_imported(tmp_path, import_into):
     code, _, err = import_into(lines(tmp_path / "a.jsonl", one()))
     assert code == 0, err
     assert "too little to tell" in err
+    assert "100.0% at 1, " in err
+    assert "float" not in err
     (row,) = all_rows(LogitDataset.open(tmp_path / "new"))
     assert row.sample_id == "a.jsonl:0"
     assert row.teacher.kept_ids_E.tolist() == [1, 3, 2, 4]
