@@ -34,6 +34,7 @@ LocalPath = Annotated[str, AfterValidator(_on_this_machine)]
 """Where files are renamed and folders locked, which an object store cannot do."""
 
 S = TypeVar("S", bound=Settings)
+INIT = "a config as `teacher-dump init` or `student-train init` writes it"
 
 
 def load_settings(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
@@ -66,7 +67,7 @@ def check_settings(
         ]
         raise ConfigError(
             f"{name}: {len(lines)} setting{'s' * (len(lines) > 1)} cannot be used\n" + "\n".join(lines),
-            next_step="mend the keys above; --print-config shows the settings with their defaults",
+            next_step=f"mend the keys above; {INIT} explains every setting",
         ) from None
 
 
@@ -101,7 +102,9 @@ def _parse_yaml(text: str, where: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path} cannot be read: {error}", next_step="save it as text in UTF-8") from None
+    except OSError as error:
         others = [] if path.exists() else [p.name for p in path.parent.glob("*.y*ml")]
         near = difflib.get_close_matches(path.name, others, n=1)
         raise ConfigError(
@@ -110,7 +113,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: expected a mapping of settings, got {type(tree).__name__}", next_step=f"look at {INIT}"
+        )
     return tree
 
 
@@ -157,6 +162,8 @@ def _explain(kind: type[Settings], issue: Any) -> str:
         return "unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
     if issue["type"] == "missing":
         return "is required"
+    if issue["type"] in ("model_type", "model_attributes_type"):
+        return f"expected settings of its own below this key, got {issue['input']!r}"
     message = issue["msg"].removeprefix("Value error, ")
     # A model-level rule gets the whole mapping as its input, which says nothing that the message doesn't.
     return message if isinstance(issue["input"], (dict, BaseModel)) else f"{message}, got {issue['input']!r}"

@@ -1,5 +1,6 @@
 """Files that are either wholly there or not there: temporary name, fsync, rename, fsync of the folder."""
 
+import fcntl
 import hashlib
 import os
 import stat
@@ -73,14 +74,41 @@ def write_atomically(path: Path, data: bytes | memoryview, *, aside: Path | None
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        with suppress(OSError):  # of a disk that may only be read, which is told below
-            temporary.unlink(missing_ok=True)
+        _forget(temporary)
         if isinstance(error, OSError):
             raise OutputError(
                 f"{path} cannot be written: {error.strerror}", next_step="make room, then run the same command again"
             ) from error
         raise
     sync_folder(path.parent)
+
+
+def _forget(temporary: Path) -> None:
+    """A read-only file system refuses to remove even what is not there, and that is not what went wrong."""
+    with suppress(OSError):
+        temporary.unlink()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps another process of this machine, or of a file system that shares locks, out of an output folder.
+
+    Raises:
+        ConfigError: another process is at work in it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system that has no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"output {folder}: another process is writing to it",
+                    next_step="wait for it or stop it, then run the same command again; or give another `output`",
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _make_folder(folder: Path) -> None:
@@ -168,8 +196,7 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        with suppress(OSError):  # of a disk that may only be read, which is told below
-            temporary.unlink(missing_ok=True)
+        _forget(temporary)
         if isinstance(error, OSError) and not isinstance(error, LogitferryError):
             raise OutputError(
                 f"{path} cannot be written: {error.strerror}", next_step="make room, then run the same command again"

@@ -18,6 +18,7 @@ from shared.raw_records import BadRecord
 from shared.records import Record, RecordReader
 from shared.rows import Row
 from shared.text_config import TextSettings
+from shared.text_files import find_text_files
 
 Thing = TypeVar("Thing")
 
@@ -167,6 +168,7 @@ def open_inspected(path: str, tokenizer: str | None, overrides: Sequence[str]) -
         return _open_dataset(path, tokenizer, overrides)
     if not path.endswith(CONFIG_SUFFIXES):
         settings = check_settings(TextSettings, {"files": [path]}, overrides, name=path)
+        find_text_files(settings.files)  # a slip in the path is told as one
         if tokenizer is None:
             raise ConfigError(
                 f"{path} is text, and text needs a tokenizer to be rows",

@@ -180,7 +180,7 @@ def inspect_command(
         wanted = f"sample id {sample_id!r}" if sample_id else f"number {row}"
         raise ConfigError(
             f"{path}: there is no row to show with {wanted}",
-            next_step=f"logit-shards inspect {path} --all says what became of all records",
+            next_step=f"rows are counted from 0; logit-shards inspect {path} --all says how many there are",
         )
     summary = inspected.summary() if read_all else None
     if html is not None:

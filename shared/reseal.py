@@ -146,7 +146,8 @@ def repair(dataset: LogitDataset, on_shard: OnShard = lambda: None) -> list[str]
     damaged = found.damaged_shards
     if len(damaged) == len(manifest.shards):
         raise DamagedDataError(
-            f"{folder}: not one of its {len(damaged)} shards is whole, the first: {found.faults[0]}",
+            f"{folder}: not one of its {len(damaged)} shards is whole, the first: "
+            + str(found.faults[0]).partition("\n")[0],
             next_step="is all of it here, and may you read it?  Nothing was changed; else dump again",
         )
     if damaged:

@@ -209,7 +209,7 @@ class Checkpoint:
             MismatchError: says what differs.
         """
         for part in sorted({*identity, *self.progress.identity}):
-            expected, got = _flat(self.progress.identity.get(part)), _flat(identity.get(part))
+            expected, got = flat(self.progress.identity.get(part)), flat(identity.get(part))
             changed = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
             if changed:
                 name = changed[0]
@@ -271,12 +271,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves by dotted names."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
-        name: leaf for key, value in tree.items() for name, leaf in _flat(value, f"{prefix}.{key}".lstrip(".")).items()
+        name: leaf for key, value in tree.items() for name, leaf in flat(value, f"{prefix}.{key}".lstrip(".")).items()
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from shared.commented_yaml import require_new, write_config_file
 from shared.config import check_settings
+from shared.errors import ConfigError
 from shared.first_record import first_record
 from student_train.config import StudentSettings, TrainSettings
 from student_train.data_config import SourceSettings
@@ -36,6 +37,11 @@ def write_config(
     from shared.pretrained import load_tokenizer
 
     require_new(path)
+    if bool(dataset) == bool(files):
+        raise ConfigError(
+            "a student learns from a dataset or from text, one of the two",
+            next_step="give --dataset FOLDER, or --data FILE for SFT without a teacher",
+        )
     student = StudentSettings(model=model, tokenizer=tokenizer)
     loaded = load_tokenizer(student)
     tree: dict[str, Any] = {

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,12 +32,12 @@ from shared.device import (
     pick_dtype,
 )
 from shared.errors import ConfigError, DivergedError, MismatchError, NoMemoryError, NonFiniteError, OutputError
-from shared.files import claim_folder, write_atomically
+from shared.files import alone_in, claim_folder, write_atomically
 from shared.fingerprint import sha256_of_json
 from shared.interruption import Interruption, held_back
 from shared.pretrained import weights_digest
 from shared.progress import Ticker, progress
-from student_train.checkpoint import Checkpoints, Progress, Trained
+from student_train.checkpoint import Checkpoints, Progress, Trained, flat
 from student_train.config import TrainSettings
 from student_train.data import Batch, TrainingData, find_objective, num_steps, require_data, require_same_data
 from student_train.evaluate import evaluate
@@ -79,9 +79,12 @@ def finished_run(settings: TrainSettings) -> dict[str, Any] | None:
     if not (output / MODEL_FOLDER).exists():
         return None
     trained = load_settings(TrainSettings, output / CONFIG_NAME)
-    if trained.model_dump(exclude=MEANS) != settings.model_dump(exclude=MEANS):
+    was, now = (flat(each.model_dump(mode="json", exclude=MEANS)) for each in (trained, settings))
+    changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    if changed:
+        differences = "".join(f"\n  {key}: was {was.get(key)!r}, is {now.get(key)!r}" for key in changed)
         raise MismatchError(
-            f"{output / MODEL_FOLDER} was trained with other settings, see {output / CONFIG_NAME}",
+            f"{output / MODEL_FOLDER} was trained with other settings, see {output / CONFIG_NAME}{differences}",
             next_step="give this run another `output`, or remove the folder",
         )
     _require_same_start(settings, output / MODEL_FOLDER)
@@ -190,7 +193,8 @@ class Trainer:
                 is a checkpoint of what was before.
         """
         self._require_agreement()
-        with held_back() as interruption:
+        alone = alone_in(self._output) if self._ranks.is_first else nullcontext()
+        with alone, held_back() as interruption:
             done = self._resume()
             if self._ranks.is_first:
                 write_atomically(self._output / CONFIG_NAME, settings_yaml(self._settings).encode())

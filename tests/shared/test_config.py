@@ -64,7 +64,7 @@ def test_load_settings_reports_every_error_with_its_place(write):
     assert sorted(places) == ["data", "keep.k", "keep.kk", "output", "teacher", "temperatures.1"]
     assert "teacher: is required" in message
     assert "got 'hot'" in message
-    assert "next: mend the keys above" in message
+    assert "next: mend the keys above; a config as `teacher-dump init`" in message  # --print-config would say the same
 
 
 def test_load_settings_says_which_line_is_meant(write):
@@ -121,7 +121,13 @@ def test_load_settings_refuses_what_is_not_plain_yaml(write, text):
 
 @pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("[1, 2]", "list"), ("just words", "str")])
 def test_load_settings_refuses_a_file_that_is_no_mapping(write, text, kind):
-    assert f"expected a mapping of settings, got {kind}" in refusal(write(text))
+    message = refusal(write(text))
+    assert f"expected a mapping of settings, got {kind}" in message
+    assert "`teacher-dump init`" in message
+
+
+def test_load_settings_says_in_plain_words_that_a_part_holds_settings(write):
+    assert "teacher: expected settings of its own below this key, got 'name'" in refusal(write("teacher: name\n"))
 
 
 def test_load_settings_names_a_config_with_a_near_name_where_the_file_is_missing(write):
@@ -133,7 +139,7 @@ def test_load_settings_names_a_config_with_a_near_name_where_the_file_is_missing
 def test_load_settings_does_not_suggest_the_very_file_that_it_could_not_read(write):
     message = refusal(write(b"output: \xff\xfe"))
     assert "cannot be read" in message
-    assert "did you mean" not in message
+    assert "next: save it as text in UTF-8" in message
 
 
 def test_override_replaces_adds_and_parses_like_yaml(write):

@@ -10,8 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import OutputError
-from shared.files import HASH_BLOCK_BYTES, TEMPORARY_PREFIX, sha256_of_file, write_atomically, written_atomically
+from shared.errors import ConfigError, OutputError
+from shared.files import (
+    HASH_BLOCK_BYTES,
+    TEMPORARY_PREFIX,
+    alone_in,
+    sha256_of_file,
+    write_atomically,
+    written_atomically,
+)
 
 DIES_BEFORE_RENAME = """
 import os, signal, sys
@@ -45,6 +52,28 @@ def test_write_atomically_leaves_the_old_file_and_nothing_else_where_it_fails(tm
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_write_atomically_says_so_of_a_file_system_that_is_read_only(tmp_path, monkeypatch):
+    """Which refuses even to remove what is not there."""
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OutputError, match="cannot be written: Read-only"):
+        write_atomically(tmp_path / "a.bin", b"x")
+    with pytest.raises(OutputError, match="cannot be written: Read-only"), written_atomically(tmp_path / "a.bin"):
+        pass
+
+
+def test_two_processes_are_not_in_one_output_folder_at_once(tmp_path):
+    told = pytest.raises(ConfigError, match="another process is writing to it")
+    with alone_in(tmp_path), told, alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        assert os.listdir(tmp_path) == []
 
 
 def test_write_atomically_makes_the_bytes_durable_before_the_name_and_the_name_after(tmp_path, monkeypatch):

@@ -171,6 +171,12 @@ def test_inspect_says_what_it_lacks(inspect, folder, teacher_folder, tmp_path):
     code, _, errors = inspect(folder / "chat.jsonl", "--tokenizer", teacher_folder)
     assert code == 2
     assert "did you mean chats.jsonl?" in errors
+    code, _, errors = inspect(folder / "chat.jsonl")
+    assert code == 2
+    assert "chat.jsonl does not exist" in errors, "a slip is no want of a tokenizer"
+    code, _, errors = inspect(chats, "--tokenizer", teacher_folder, "--row", "4000")
+    assert code == 2
+    assert "rows are counted from 0" in errors
     code, _, errors = inspect(chats, "--tokenizer", tmp_path / "nowhere")
     assert code == 2
     assert "model folder" in errors

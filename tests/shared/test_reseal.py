@@ -317,8 +317,9 @@ def test_repair_refuses_where_nothing_is_whole_and_changes_nothing(copy: Path):
     """More likely a folder that is not mounted than a hundred damaged files."""
     shutil.move(copy / "data", copy.parent / "unmounted")
     before = (copy / "manifest.json").read_bytes()
-    with pytest.raises(DamagedDataError, match=r"(?s)not one of its 2 shards is whole.*Nothing was changed"):
+    with pytest.raises(DamagedDataError, match=r"(?s)not one of its 2 shards is whole.*Nothing was changed") as told:
         repair(LogitDataset.open(copy))
+    assert str(told.value).count("next:") == 1, "not to repair it once more"
     assert (copy / "manifest.json").read_bytes() == before
 
 

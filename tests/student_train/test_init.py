@@ -116,8 +116,8 @@ def test_init_writes_nothing_where_something_is_missing_or_does_not_fit(write, t
         ({"dataset": str(tmp_path / "none")}, ConfigError, "none does not exist"),
         ({"dataset": str(tmp_path / "empty")}, UnsealedDatasetError, "empty is no sealed dataset"),
         ({"model": str(other)}, MismatchError, "tokenizer"),
-        ({"dataset": None}, ConfigError, "name a dataset, text or mix"),
-        ({"files": ["a.jsonl"]}, ConfigError, "name a dataset, text or mix, and one of them only"),
+        ({"dataset": None}, ConfigError, "give --dataset FOLDER, or --data FILE"),
+        ({"files": ["a.jsonl"]}, ConfigError, "one of the two"),
     ]
     for changes, error, message in cases:
         with pytest.raises(error, match=message):
