@@ -154,7 +154,7 @@ def run_command(group: click.Command) -> None:
         error.show()
         code = error.exit_code
     except LogitferryError as error:
-        click.echo(f"error: {error.told()}", err=True)
+        click.echo(f"error: {error if stop.said else error.told()}", err=True)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         code = INTERRUPTED_EXIT_CODE

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import ConfigError
 
@@ -30,10 +30,12 @@ def _on_this_machine(path: str) -> str:
     return path
 
 
-LocalPath = Annotated[str, AfterValidator(_on_this_machine)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_on_this_machine)]
 """Where files are renamed and folders locked, which an object store cannot do."""
 
 S = TypeVar("S", bound=Settings)
+COMMANDS = {"teacher": "teacher-dump", "student": "student-train"}
+"""By the key without which no config of theirs is one."""
 INIT = "a config as `teacher-dump init` or `student-train init` writes it"
 
 
@@ -61,13 +63,14 @@ def check_settings(
         return kind.model_validate(tree)
     except ValidationError as error:
         root = None if path is None else yaml.compose(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        listed: set[tuple[int | str, ...]] = set()
         lines = [
-            f"  {_place(issue['loc'])}: {_explain(kind, issue)}{_line(root, issue['loc'], overrides)}"
+            f"  {_place(issue['loc'])}: {_explain(kind, issue, listed)}{_line(root, issue['loc'], overrides)}"
             for issue in error.errors()
         ]
         raise ConfigError(
             f"{name}: {len(lines)} setting{'s' * (len(lines) > 1)} cannot be used\n" + "\n".join(lines),
-            next_step=f"mend the keys above; {INIT} explains every setting",
+            next_step=_other_command(kind, tree) or f"mend the keys above; {INIT} explains every setting",
         ) from None
 
 
@@ -132,6 +135,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = _parse_yaml(value, f"--set {override}")
 
 
+def _other_command(kind: type[Settings], tree: dict[str, Any]) -> str | None:
+    """Advice, where a config is that of another command."""
+    others = [command for key, command in COMMANDS.items() if key in tree and key not in kind.model_fields]
+    own = any(key in tree for key in COMMANDS if key in kind.model_fields)
+    return f"this looks like a config of {others[0]}: give it to that command" if others and not own else None
+
+
 def _place(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "(the whole config)"
 
@@ -154,12 +164,16 @@ def _line(root: yaml.Node | None, location: Sequence[int | str], overrides: Sequ
     return f" (line {line})" if line else ""
 
 
-def _explain(kind: type[Settings], issue: Any) -> str:
+def _explain(kind: type[Settings], issue: Any, listed: set[tuple[int | str, ...]]) -> str:
+    """`listed` are the places whose keys were told already."""
     if issue["type"] == "extra_forbidden":
         *parents, key = issue["loc"]
         known = sorted(_fields_at(kind, parents))
-        near = difflib.get_close_matches(str(key), known, n=1)
-        return "unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+        if near := difflib.get_close_matches(str(key), known, n=1):
+            return f"unknown key; did you mean {near[0]}?"
+        is_told = tuple(parents) in listed
+        listed.add(tuple(parents))
+        return "unknown key" if is_told else f"unknown key; known: {', '.join(known)}"
     if issue["type"] == "missing":
         return "is required"
     if issue["type"] in ("model_type", "model_attributes_type"):

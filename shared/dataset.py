@@ -14,7 +14,17 @@ from shared.errors import ConfigError, DamagedDataError, DamagedShardError, Unse
 from shared.files import sha256_of_bytes, sha256_of_file, why_no_file
 from shared.fingerprint import tokenizer_fingerprint
 from shared.folders import Folder, LocalFolder, open_folder
-from shared.manifest import FINISH, MANIFEST_NAME, UNSEALED, Manifest, Shard, parse_manifest, read_manifest
+from shared.manifest import (
+    FINISH,
+    MANIFEST_NAME,
+    NO_DUMP,
+    UNSEALED,
+    WORK_FOLDER,
+    Manifest,
+    Shard,
+    parse_manifest,
+    read_manifest,
+)
 from shared.rows import LogitRow
 from shared.shard_reader import names_in, read_names, read_outlines, read_row_groups
 
@@ -165,7 +175,8 @@ def read_manifest_at(folder: Folder) -> bytes:
         return folder.read(MANIFEST_NAME)
     except FileNotFoundError:
         key = "HF_TOKEN" if folder.name.startswith("hf://") else "your key"
-        step = FINISH if isinstance(folder, LocalFolder) else FIND.format(key)
+        is_begun = bool(folder.files(WORK_FOLDER))
+        step = FINISH if is_begun else NO_DUMP if isinstance(folder, LocalFolder) else FIND.format(key)
         raise UnsealedDatasetError(UNSEALED.format(folder.name), next_step=step) from None
 
 

@@ -14,7 +14,7 @@ from shared.dataset import CARD_NAME, DATA_FOLDER, TOKENIZER_FOLDER
 from shared.errors import ConfigError, DamagedDataError, MismatchError
 from shared.files import require_apart, sha256_of_bytes, why_no_file
 from shared.folders import Folder, LocalFolder
-from shared.manifest import MANIFEST_NAME, SHARD_PATH, UNSCORABLE_NAME
+from shared.manifest import MANIFEST_NAME, SHARD_PATH, UNSCORABLE_NAME, WORK_FOLDER
 
 SEND_AGAIN = "run the same command again: what arrived whole is not sent again"
 
@@ -104,7 +104,7 @@ class FolderDestination:
         return {path for path in self._folder.files() if not is_hidden(path)}
 
     def has_dump(self) -> bool:
-        return bool(self._folder.files(".logitferry"))
+        return bool(self._folder.files(WORK_FOLDER))
 
     def read(self, path: str) -> bytes:
         return self._folder.read(path)

@@ -1,5 +1,6 @@
 """Files that are either wholly there or not there: temporary name, fsync, rename, fsync of the folder."""
 
+import difflib
 import fcntl
 import hashlib
 import os
@@ -44,6 +45,14 @@ def claim_folder(folder: Path, ours: Sequence[str]) -> None:
         raise OutputError(
             f"output {folder} cannot be written: {error.strerror}", next_step="mend the folder's permissions or space"
         ) from None
+
+
+def nearest_folder(name: str | Path) -> str | None:
+    """Advice, where a name may be that of a folder with a slip in it."""
+    path = Path(name).expanduser()
+    folders = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, folders, n=1)
+    return f"did you mean {path.parent / near[0]}?" if near else None
 
 
 def require_apart(one: Path, other: Path) -> None:

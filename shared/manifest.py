@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from shared import __version__
 from shared.config import Settings
 from shared.errors import ConfigError, DamagedManifestError, UnknownVersionError, UnsealedDatasetError
-from shared.files import lies_within, write_atomically
+from shared.files import lies_within, nearest_folder, write_atomically
 from shared.schema import RowFormat
 
 FORMAT_VERSION = 1
@@ -35,6 +35,9 @@ FILE_PATH = r"^([^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*/)*[^./\\\x00-\x1f\x7f][
 COPY_AGAIN = "copy manifest.json again from where the dataset came from"
 UNSEALED = "{} is no sealed dataset: it has no manifest.json"
 FINISH = "finish the dump: run the same `teacher-dump run` again"
+WORK_FOLDER = ".logitferry"
+"""Of a dump that is not sealed yet."""
+NO_DUMP = "check the path: there is no unfinished dump either; or run again what was to write the dataset"
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 100.0  # with at most three decimals, so that each names a column
 
 
@@ -243,12 +246,13 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise ConfigError(
             f"dataset {folder} " + ("is a file, not a folder" if folder.exists() else "does not exist"),
-            next_step="check the path; a dataset is the folder that holds manifest.json",
+            next_step=nearest_folder(folder) or "check the path; a dataset is the folder that holds manifest.json",
         )
     try:
         data = _bytes_of(path)
     except FileNotFoundError:
-        raise UnsealedDatasetError(UNSEALED.format(folder), next_step=FINISH) from None
+        step = FINISH if (folder / WORK_FOLDER).is_dir() else NO_DUMP
+        raise UnsealedDatasetError(UNSEALED.format(folder), next_step=step) from None
     except OSError as error:
         raise DamagedManifestError(f"{path}: cannot be read: {error.strerror or error}", next_step=COPY_AGAIN) from None
     return parse_manifest(data, str(path))

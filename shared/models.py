@@ -8,13 +8,14 @@ Shapes: N rows of hidden states, D hidden size, V = config.vocab_size.
 """
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from shared.errors import MismatchError
+from shared.errors import ConfigError, MismatchError
 from shared.models_config import ModelSettings
 from shared.pretrained import foreign_errors, has_softcap, load_config
 
@@ -70,6 +71,10 @@ def load_model(
         ConfigError: no such model, or one that needs remote code.
         MismatchError: weights are missing or have other shapes; transformers alone would fill them with noise.
     """
+    if device_map is not None and find_spec("accelerate") is None:
+        raise ConfigError(
+            "device_map needs accelerate, which is not installed", next_step="pip install 'logitferry[device-map]'"
+        )
     attention = "eager" if has_softcap(load_config(settings)) else None
     with foreign_errors("model", settings.model):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(

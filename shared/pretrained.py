@@ -1,6 +1,5 @@
 """What of a Hugging Face model can be had without loading it: its tokenizer, its identity, what its config says."""
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import transformers
 
 from shared.errors import ConfigError
-from shared.files import sha256_of_file
+from shared.files import nearest_folder, sha256_of_file
 from shared.fingerprint import sha256_of_json
 from shared.manifest import Teacher
 from shared.models_config import ModelSettings
@@ -95,20 +94,12 @@ def foreign_errors(what: str, name: str) -> Iterator[None]:
     """transformers and safetensors raise all kinds of exceptions for files they cannot use; ours says where."""
     is_folder = Path(name).is_dir()
     if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        advice = _nearest_folder(name) or "check the path, or give a Hub name owner/model"
+        advice = nearest_folder(name) or "check the path, or give a Hub name owner/model"
         raise ConfigError(f"model folder {name} does not exist", next_step=advice)
     try:
         yield
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = name if is_folder else f"{name}, of which there is no folder here, from the Hub"
-        advice = (None if is_folder else _nearest_folder(name)) or "check the path and the files in it"
+        advice = (None if is_folder else nearest_folder(name)) or "check the path and the files in it"
         raise ConfigError(f"no {what} can be loaded from {where}: {reason}", next_step=advice) from error
-
-
-def _nearest_folder(name: str) -> str | None:
-    """Advice, where the name may be that of a folder with a slip in it."""
-    path = Path(name).expanduser()
-    folders = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, folders, n=1)
-    return f"did you mean {path.parent / near[0]}?" if near else None

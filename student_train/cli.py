@@ -174,7 +174,12 @@ def _lines_of_run(result: dict[str, Any]) -> list[str]:
     if held_out := result["held_out"]:
         kl = "" if held_out["kl"] is None else f", KL to the teacher {held_out['kl']:.4f}"
         lines.append(f"  held out: cross-entropy {held_out['ce']:.4f}{kl} nats per supervised token")
-    return [*lines, f"  {100 * result['wait']:.1f} % of the time was spent waiting for data"]
+    folder = Path(result["model"]).parent
+    return [
+        *lines,
+        f"  {100 * result['wait']:.1f} % of the time was spent waiting for data",
+        f"  next: student-train report {folder}",
+    ]
 
 
 @cli.command("rollout")

@@ -208,15 +208,24 @@ def require_data(settings: TrainSettings) -> None:
         ConfigError, MismatchError, DamagedDataError: it is not.
     """
     find_objective(settings)
-    held_out = settings.held_out.data
-    for data in [settings.data, *([held_out] if held_out else [])]:
-        for source in data.sources():
-            if source.curriculum is not None:
-                scores_of(source.curriculum, {})
-            if source.dataset is not None:
-                open_dataset(source.dataset, data.cache)
-            elif source.text is not None:
-                find_text_files(source.text.files)
+    require_sources(settings.data)
+    if settings.held_out.data is not None:
+        require_sources(settings.held_out.data)
+
+
+def require_sources(data: DataSettings) -> None:
+    """See that these datasets, files and scores are there.
+
+    Raises:
+        ConfigError, DamagedDataError: one is not, or cannot be read.
+    """
+    for source in data.sources():
+        if source.curriculum is not None:
+            scores_of(source.curriculum, {})
+        if source.dataset is not None:
+            open_dataset(source.dataset, data.cache)
+        elif source.text is not None:
+            find_text_files(source.text.files)
 
 
 def require_same_data(settings: TrainSettings, records: Sequence[dict[str, Any]]) -> None:

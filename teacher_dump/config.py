@@ -99,7 +99,7 @@ class RaySettings(Settings):
 class DumpSettings(Settings):
     teacher: TeacherSettings
     data: TextSettings
-    output: str
+    output: str = Field(min_length=1)
     """Folder of the dataset, or an fsspec URL such as s3://bucket/my-dump."""
     keep: KeepSettings = KeepSettings()
     temperatures: list[float] = Field(default=[1.0], max_length=MAX_TEMPERATURES)

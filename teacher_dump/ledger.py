@@ -29,10 +29,9 @@ from shared.dataset import shard_path
 from shared.errors import DamagedDataError, DamagedManifestError, DamagedShardError, LogitferryError, MismatchError
 from shared.files import sha256_of_bytes
 from shared.folders import Folder
-from shared.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest
+from shared.manifest import MANIFEST_NAME, WORK_FOLDER, Manifest, Shard, parse_manifest
 from teacher_dump.plan import PLAN_VERSION, Plan
 
-WORK_FOLDER = ".logitferry"
 PLAN = f"{WORK_FOLDER}/plan.json"
 UNITS, FAILED = f"{WORK_FOLDER}/units", f"{WORK_FOLDER}/failed"
 UNSEALED_MANIFEST = f"{WORK_FOLDER}/{MANIFEST_NAME}"

@@ -16,7 +16,7 @@ from shared.device import pick_device, pick_dtype
 from shared.errors import ConfigError
 from shared.files import claim_folder, write_atomically
 from shared.pretrained import context_tokens
-from student_train.data import measured
+from student_train.data import measured, require_sources
 from student_train.eval.config import EvalSettings
 from student_train.eval.exact_match import draw, exact_match, questions_of
 from student_train.eval.generation import take_own_attention
@@ -39,6 +39,8 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
         raise ConfigError("eval runs in one process", next_step="start it without torchrun")
     output = Path(settings.output)
     claim_folder(output, [EVAL_NAME])
+    if settings.data is not None:
+        require_sources(settings.data)
     harness = Harness(settings.lm_eval, seed=settings.seed) if settings.lm_eval else None
     student = Student(
         settings.student,

@@ -79,7 +79,7 @@ class RolloutSettings(Settings):
     vllm: VllmSettings = VllmSettings()
     data: DataSettings
     """Rows whose prompts are asked: all that stands before a row's last supervised tokens, which are the reference."""
-    output: str
+    output: str = Field(min_length=1)
     """Folder, or an fsspec URL."""
     rows: int | None = Field(default=None, ge=1)
     """So many, drawn by `seed` and the sample ids; null takes all."""

@@ -23,6 +23,7 @@ from shared.errors import ConfigError, NonFiniteError
 from shared.files import claim_folder, sha256_of_bytes, write_atomically
 from shared.progress import progress
 from shared.rows import LogitRow, Row
+from student_train.data import require_sources
 from student_train.evaluate import EVALUATE_ROWS
 from student_train.manner import USUAL_TAGS, Thinking, manner_of
 from student_train.objective import Objective
@@ -49,6 +50,7 @@ def run_scoring(settings: ScoreSettings) -> dict[str, Any]:
         raise ConfigError("score runs in one process", next_step="start it without torchrun")
     output = Path(settings.output)
     claim_folder(output, [SUMMARY_NAME, SCORES_NAME])
+    require_sources(settings.data)
     marks = read_marks(settings.rollouts) if settings.rollouts else None
     student = Student(
         settings.student,
@@ -63,10 +65,11 @@ def run_scoring(settings: ScoreSettings) -> dict[str, Any]:
     lines, summary = io.BytesIO(), _Summary()
     with progress("score", num_rows, "rows") as ticker:
         for source in sources:
-            for line in _scores(student, source, marks):
-                lines.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-                summary.add(line)
-                ticker.advance(1)
+            for several in _scores(student, source, marks):
+                for line in several:
+                    lines.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+                    summary.add(line)
+                ticker.advance(len(several))
     result = {
         "scores": str(output / SCORES_NAME),
         **summary.numbers(),
@@ -95,8 +98,8 @@ def describe(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _scores(student: Student, source: Source, marks: Marks | None) -> Iterator[dict[str, Any]]:
-    """Of every row of a source, in its order."""
+def _scores(student: Student, source: Source, marks: Marks | None) -> Iterator[list[dict[str, Any]]]:
+    """Of every row of a source, in its order, as many at once as were read."""
     objective = Objective(kd_weight=0.0)
     maker = student.pass_maker(objective, longest_row=source.longest_row, ranks=Ranks())
     thinking = Thinking.of(student.tokenizer.backend_tokenizer, USUAL_TAGS, source.in_pieces)
@@ -110,9 +113,10 @@ def _scores(student: Student, source: Source, marks: Marks | None) -> Iterator[d
             ce_N = measures.of("ce").cpu().numpy()[: sum(each.positions)]
             found |= zip(each.rows, np.split(ce_N, np.cumsum(each.positions)[:-1]), strict=True)
         _require_finite(rows, found)
+        lines: list[dict[str, Any]] = []
         for index, row in enumerate(rows):
             thinks = source.manners.thinks_R[done + index] if source.manners else thinking.thinks(row)
-            yield {
+            line = {
                 "sample_id": row.sample_id,
                 "source": row.source,
                 "tokens": row.num_tokens,
@@ -123,6 +127,8 @@ def _scores(student: Student, source: Source, marks: Marks | None) -> Iterator[d
                 **_teachers(row),
                 **({} if marked is None else _passed(*marked[done + index].tolist())),
             }
+            lines.append(line)
+        yield lines
         done += len(rows)
 
 

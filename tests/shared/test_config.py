@@ -206,3 +206,17 @@ def test_load_settings_refuses_to_train_into_a_url(write):
     config = "student: {model: m}\ndata: {dataset: d}\nsteps: 1\noutput: s3://bucket/x\n"
     message = refusal(write(config), kind=TrainSettings)
     assert "output: is a URL, and what is written there has to be on this machine: give a folder, got 's3://" in message
+
+
+def test_load_settings_knows_a_config_of_another_command(write):
+    train = "student: {model: m}\nheld_out: {fraction: 0.1}\nloss: {}\ndata: {dataset: d}\nsteps: 1\noutput: x\n"
+    message = refusal(write(train))
+    assert "next: this looks like a config of student-train: give it to that command" in message
+    assert message.count("known: data, keep") == 1, "the same keys are listed once"
+    assert "config of teacher-dump" in refusal(write(DUMP + "keep: {k: 3}\n"), kind=TrainSettings)
+    assert "looks like" not in refusal(write(DUMP + "student: {model: m}\n")), "one that has both is a slip"
+
+
+@pytest.mark.parametrize("kind", [DumpSettings, TrainSettings])
+def test_load_settings_refuses_an_output_of_no_name(write, kind):
+    assert "output: " in refusal(write("output: ''\n"), kind=kind)

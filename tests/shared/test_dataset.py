@@ -140,10 +140,15 @@ def test_verify_sees_a_sample_that_comes_twice(copy: Path):
 
 def test_an_unfinished_dump_is_no_dataset(copy: Path, tmp_path: Path):
     (copy / "manifest.json").unlink()
+    with pytest.raises(UnsealedDatasetError, match=r"(?s)no manifest\.json.*check the path: there is no unfinished dump"):
+        LogitDataset.open(copy)
+    (copy / ".logitferry").mkdir()
     with pytest.raises(UnsealedDatasetError, match=r"(?s)no manifest\.json.*run the same `teacher-dump run` again"):
         LogitDataset.open(copy)
     with pytest.raises(ConfigError, match="does not exist"):
         LogitDataset.open(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"next: did you mean .*/copy\?"):
+        LogitDataset.open(tmp_path / "coppy")
     with pytest.raises(ConfigError, match="copy it here first"):
         LogitDataset.open_here("memory://bucket/my-dump")
     with pytest.raises(ConfigError, match="is a file, not a folder"):
