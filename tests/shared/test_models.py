@@ -30,6 +30,14 @@ def test_body_and_head_give_the_models_own_logits(family: str, tmp_path: Path):
         torch.testing.assert_close(head.logits(body(input_ids=ids).last_hidden_state), model(input_ids=ids).logits)
 
 
+def test_a_device_map_without_accelerate_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shared.models.find_spec", lambda name: None if name == "accelerate" else object())
+    folder = make_model(tmp_path)
+    with pytest.raises(ConfigError, match=r"next: pip install 'logitferry\[device-map\]'"):
+        load_model(ModelSettings(model=str(folder)), dtype=torch.float32, device=CPU, device_map="auto")
+    load(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_model_that_does_more_than_its_config_says_is_refused(dtype: torch.dtype, tmp_path: Path):
     """By two percent, which no rounding explains; and the same model as it is passes in every dtype."""

@@ -188,7 +188,9 @@ def test_sigterm_leaves_a_checkpoint_and_exit_code_75_and_the_same_command_goes_
         assert process.returncode == 75, errors
         assert "checkpoint: " in errors
         assert errors.endswith("\n  next: run the same command again\n")
-    assert "goes on after step" in run(stopped)
+    said = run(stopped)
+    assert "goes on after step" in said
+    assert f"  next: student-train report {tmp_path}/stopped\n" in said
     for one, other in zip(steps_of(tmp_path / "whole"), steps_of(tmp_path / "stopped"), strict=True):
         assert [one[key] for key in ("step", "loss", "grad_norm")] == [
             other[key] for key in ("step", "loss", "grad_norm")
