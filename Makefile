@@ -5,6 +5,7 @@
 #   make test-vllm    the real vLLM on the CPU, in an environment of its own, kept by the digest of constraints-vllm.txt
 #   make check        ruff, pyright and the fast tests
 #   make test-full    the long matrices as well
+#   make pictures     those of the guides, from the quickstart's dataset and runs; needs Chromium
 #   make docs         a page for every public function, in build/docs
 #   make bench-codec  how small a dataset is and how fast; ARGS="--logits FILE.npz" for a real teacher's
 #   make bench-dump   positions per second into a sealed dataset, by vLLM and transformers, beside the bare engines
@@ -25,7 +26,7 @@ CACHE := $(or $(XDG_CACHE_HOME),$(if $(HOME),$(HOME),$(CURDIR))/.cache)/logitfer
 VLLM_VENV := $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-16)
 VLLM_PYTHON := PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
-.PHONY: quickstart test test-cluster test-vllm bench-dump bench-kills check lint test-full bench-codec bench-loss bench-loader bench-resume bench-train bench-sampling bench-text docs install clean
+.PHONY: quickstart test test-cluster test-vllm bench-dump bench-kills check lint test-full bench-codec bench-loss bench-loader bench-resume bench-train bench-sampling bench-text docs pictures install clean
 
 install: $(VENV)/installed
 
@@ -55,6 +56,9 @@ $(VLLM_VENV)/installed: constraints-vllm.txt
 
 test-vllm: $(VLLM_VENV)/installed
 	$(VLLM_PYTHON) -m pytest -m vllm tests/teacher_dump tests/student_train/rollout
+
+pictures: install
+	$(BIN)/python examples/pictures.py
 
 bench-dump: install $(VLLM_VENV)/installed
 	$(VLLM_PYTHON) -m tests.bench.dump $(ARGS)

@@ -127,5 +127,7 @@ function watchTokens(panel, rows, describe, words) {
   if (matchMedia("(max-width: 61.99rem)").matches) for (const list of document.querySelectorAll("details.worst")) list.open = false;
   panel.hidden = false;
   idle();
+  const linked = placeOf(document.getElementById(location.hash.slice(1)));
+  if (linked) choose(linked, { pin: true, scroll: true });
   return { refresh: () => { if (chosen) fill(rows[chosen.row], chosen.t); } };
 }

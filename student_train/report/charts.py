@@ -131,6 +131,20 @@ CHARTS = (
         scale="from zero",
     ),
     Chart(
+        title="Rollouts",
+        note="share of a step's rows",
+        lines=[Line(label="rollouts", name="rollouts", colour="train")],
+        unit="share",
+        scale="from zero",
+    ),
+    Chart(
+        title="Age of the rollouts",
+        note="steps since the student that wrote them",
+        lines=[Line(label="age", name="stale_steps", colour="train")],
+        unit="number",
+        scale="from zero",
+    ),
+    Chart(
         title="Peak memory",
         note="of one process, so far",
         lines=[Line(label="memory", name="peak_bytes", colour="train")],

@@ -67,6 +67,8 @@ class _Numbers(_Logged):
     wait: float | None = None
     waste: float | None = None
     peak_bytes: float | None = None
+    rollouts: float | None = None
+    stale_steps: float | None = None
     elapsed_s: float | None = None
 
 

@@ -2,23 +2,27 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from shared.dataset import LogitDataset
 from shared.verification import verify
 
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
-sys.path.insert(0, str(QUICKSTART))
+sys.path[:0] = [str(QUICKSTART), str(QUICKSTART.parent)]
 
+import pictures  # noqa: E402
 import task  # noqa: E402
 
 
 @pytest.mark.cluster
-def test_the_tiny_quickstart_runs_from_corpus_to_table(tmp_path: Path):
+def test_the_tiny_quickstart_runs_from_corpus_to_table_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "quickstart"
     done = subprocess.run(
         [sys.executable, QUICKSTART / "run.py", "--tiny", "--output", output],
@@ -40,6 +44,29 @@ def test_the_tiny_quickstart_runs_from_corpus_to_table(tmp_path: Path):
     steps = {arm: [json.loads(line) for line in lines] for arm, lines in logs.items()}
     trained = {arm: [e["positions"] for e in entries if "loss" in e] for arm, entries in steps.items()}
     assert trained["sft"] == trained["kd"], "both arms saw the same rows in the same order"
+    row = LogitDataset.open(output / "dumps/student_train").read_shard(0)[1]
+    monkeypatch.setattr(pictures, "ROW", 1)
+    monkeypatch.setattr(pictures, "SLIP", int(row.source_index_P[row.teacher.realised_logp_P.argmin()]) + 1)
+    drawn = tmp_path / "pictures"
+    drawn.mkdir()
+    pictures.terminal_pictures(output, drawn)
+    assert row.sample_id in (drawn / "inspect_dataset.svg").read_text()
+    assert "ten" in (drawn / "inspect.svg").read_text(), "they have ten legs"
+    addresses = pictures.pages(output, drawn)
+    assert set(addresses) == {"inspect_page.png", "report.png"}
+    if browser := next(filter(None, map(shutil.which, pictures.BROWSERS)), None):
+        for name, (address, window) in addresses.items():
+            pictures.photograph(browser, address, drawn / name, window)
+            assert (drawn / name).read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(pictures, "SLIP", 10_000)
+    with pytest.raises(click.ClickException, match="another corpus"):
+        pictures.pages(output, drawn)
+
+
+def test_pictures_need_a_quickstart_and_say_so(tmp_path: Path):
+    result = CliRunner().invoke(pictures.main, ["--quickstart", str(tmp_path), "--output", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "make quickstart, then make pictures" in result.output
 
 
 def test_no_problem_is_in_two_splits():

@@ -140,7 +140,9 @@ def test_verify_sees_a_sample_that_comes_twice(copy: Path):
 
 def test_an_unfinished_dump_is_no_dataset(copy: Path, tmp_path: Path):
     (copy / "manifest.json").unlink()
-    with pytest.raises(UnsealedDatasetError, match=r"(?s)no manifest\.json.*check the path: there is no unfinished dump"):
+    with pytest.raises(
+        UnsealedDatasetError, match=r"(?s)no manifest\.json.*check the path: there is no unfinished dump"
+    ):
         LogitDataset.open(copy)
     (copy / ".logitferry").mkdir()
     with pytest.raises(UnsealedDatasetError, match=r"(?s)no manifest\.json.*run the same `teacher-dump run` again"):

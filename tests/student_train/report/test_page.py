@@ -142,6 +142,14 @@ def test_page_draws_numbers_alone(tmp_path):
     assert not [each for each in drawn if re.search("nan|inf|e[+-]|[0-9]{7}", each)]
 
 
+def test_page_shows_how_old_rollouts_are_where_there_are_any(tmp_path):
+    lines = [step_line(step) | {"rollouts": 0.5, "stale_steps": 100.0 + step} for step in range(1, 50)]
+    shown = page_of(made_run(tmp_path / "round", lines))
+    titles = [attrs["aria-label"].removesuffix(" over the steps") for attrs in shown.of_class("curves")]
+    assert {"Rollouts", "Age of the rollouts"} <= set(titles)
+    assert "149" in shown.said
+
+
 def test_page_of_a_long_run_is_small_and_keeps_its_spike(tmp_path):
     lines = [step_line(step % 400) | {"step": step, "mfu": 0.4, "accuracy": 0.5} for step in range(1, 8_001)]
     lines[7_777]["grad_norm"] = 12_345.0
