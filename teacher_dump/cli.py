@@ -203,6 +203,8 @@ def rescore_verb(
     rescored = rescore(opened, _live_teacher(teacher_of(opened), config, overrides), num_rows=rows, seed=seed)
     emit(asdict(rescored), describe(rescored), as_json=as_json)
     require_agreement(rescored, dataset)
+    if not as_json:
+        click.echo(f"{dataset}: what is stored is what this teacher says; rounding explains the differences")
 
 
 class OnlyTeacher(Settings):
