@@ -1,5 +1,5 @@
 # Everything from a fresh machine with Python 3.11 alone; the virtual environment is made on the way.
-#   make quickstart   train a teacher, dump it, train two students, print the table   (about 8 minutes on 2 cores)
+#   make quickstart   train a teacher, dump it, train two students, print the table   (4 to 9 minutes on 2 cores)
 #   make test         the fast tests
 #   make test-cluster  real Ray on this machine, a real S3 server process, a disk that is full
 #   make test-vllm    the real vLLM on the CPU, in an environment of its own, kept by the digest of constraints-vllm.txt
