@@ -89,7 +89,7 @@ def finished_run(settings: TrainSettings) -> dict[str, Any] | None:
         )
     _require_same_start(settings, output / MODEL_FOLDER)
     record = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
-    require_same_data(settings, record["data"])
+    require_same_data(settings, record.get("data", []))
     return record
 
 

@@ -13,7 +13,6 @@ from shared.doctor.finding import Finding, attempt
 from shared.doctor.model import Opened
 from shared.doctor.output import output_folder as look_at_folder
 from shared.doctor.weights import loaded_bytes
-from shared.errors import ConfigError
 from student_train.config import StudentSettings, TrainSettings
 from student_train.run_folder import CHECKPOINTS_FOLDER, CONFIG_NAME
 
@@ -69,11 +68,6 @@ def output_folder(settings: TrainSettings) -> Iterator[Finding]:
     """Whose it is, what is in it, and how much room there is for checkpoints."""
     from student_train.train import finished_run
 
-    if "://" in settings.output:
-        raise ConfigError(
-            f"output {settings.output} is a URL, and a run writes to a folder of this machine",
-            next_step="give a local folder, and copy the model from there",
-        )
     if done := finished_run(settings):
         yield Finding("output", "ok", f"this run is finished: {done['model']}, {done['steps']:,} steps")
         return
