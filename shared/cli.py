@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -204,8 +204,9 @@ def _log_on_stderr() -> Iterator[None]:
 
     def cleaned(*arguments: Any, **options: Any) -> logging.LogRecord:
         record = factory(*arguments, **options)
-        if (message := record.getMessage()) != (clean := masked(message)):
-            record.msg, record.args = clean, None
+        with suppress(Exception):  # a message that cannot be made is told by its handler
+            if (message := record.getMessage()) != (clean := masked(message)):
+                record.msg, record.args = clean, None
         return record
 
     logging.setLogRecordFactory(cleaned)

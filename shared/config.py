@@ -148,7 +148,8 @@ def _place(location: tuple[int | str, ...]) -> str:
 
 def _line(root: yaml.Node | None, location: Sequence[int | str], overrides: Sequence[str]) -> str:
     """Which line of the file says so, or what this is missing in; none where an override says it."""
-    if any(_place(tuple(location)).startswith(override.partition("=")[0]) for override in overrides):
+    place = _place(tuple(location))
+    if any(f"{place}.".startswith(f"{override.partition('=')[0]}.") for override in overrides):
         return ""
     node, line = root, 0
     for part in location:

@@ -74,6 +74,7 @@ def test_load_settings_says_which_line_is_meant(write):
     assert (place["base"], place["keep.k"], place["temperatures.1"]) == ("4", "8", "11")
     assert place["keep.min_prob"] == "6", "what was merged in stands under its parent"
     assert all("(line" not in line for line in lines if line.startswith(("  unit_records", "  teacher.dtype")))
+    assert "(line 4)" in refusal(write(DUMP + "keep: {kk: 1}\n"), ["keep.k=3"]), "not the one that was overridden"
     absent = refusal(write("teacher: {}\n\ndata: {files: [a]}\n")).splitlines()
     assert "  teacher.model: is required (line 1)" in absent
     assert "  output: is required" in absent

@@ -83,6 +83,9 @@ def test_what_a_library_logs_is_cleaned(capsys: pytest.CaptureFixture[str], monk
     def work() -> None:
         library.addHandler(handler)
         library.warning("PUT %s failed, %d%%", "https://h/x?X-Amz-Signature=123abc", 7)
+        library.debug("what nobody reads %d", "needs no number")
+        factory_of_now = logging.getLogRecordFactory()
+        factory_of_now("some.library", logging.INFO, __file__, 1, "%d", ("no number",), None)
         library.removeHandler(handler)
         raise RuntimeError("at https://h/x?X-Amz-Signature=123abc")
 
