@@ -204,7 +204,11 @@ def _log_on_stderr() -> Iterator[None]:
 
     def cleaned(*arguments: Any, **options: Any) -> logging.LogRecord:
         record = factory(*arguments, **options)
-        if (message := record.getMessage()) != (clean := masked(message)):
+        try:
+            message = record.getMessage()
+        except Exception:  # a library's slip, which logging itself tells, and only where somebody listens
+            return record
+        if message != (clean := masked(message)):
             record.msg, record.args = clean, None
         return record
 

@@ -96,3 +96,17 @@ def test_what_a_library_logs_is_cleaned(capsys: pytest.CaptureFixture[str], monk
     )
     assert "123abc" not in said
     assert logging.getLogRecordFactory() is factory
+
+
+def test_what_a_library_logs_in_a_wrong_way_stops_nobody(monkeypatch: pytest.MonkeyPatch):
+    """Logging prints such a slip where somebody listens, and never raises it."""
+
+    @click.command()
+    def work() -> None:
+        logging.getLogger("some.library").warning("%d of %s", "one")
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    with pytest.raises(SystemExit) as ended:
+        run_command(work)
+    assert ended.value.code == 0
