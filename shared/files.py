@@ -100,7 +100,9 @@ def _forget(temporary: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps another process of this machine, or of a file system that shares locks, out of an output folder.
+    """Keeps another process of this machine out of an output folder.
+
+    On a file system that hosts share, its own decides: NFS locks no folder, and everybody is let in.
 
     Raises:
         ConfigError: another process is at work in it.
