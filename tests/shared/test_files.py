@@ -15,6 +15,7 @@ from shared.files import (
     HASH_BLOCK_BYTES,
     TEMPORARY_PREFIX,
     alone_in,
+    nearest_folder,
     sha256_of_file,
     write_atomically,
     written_atomically,
@@ -114,3 +115,14 @@ def test_a_disk_that_may_only_be_read_is_told(write, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", refused)
     with pytest.raises(OutputError, match=r"a\.bin cannot be written: Read-only file system\n  next: "):
         write(tmp_path / "a.bin", b"new")
+
+
+def test_a_folder_that_nobody_may_look_into_has_no_near_names(tmp_path, monkeypatch):
+    (tmp_path / "dumps").mkdir()
+    assert str(nearest_folder(tmp_path / "dump")).endswith("dumps?")
+
+    def refused(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert nearest_folder(tmp_path / "dump") is None
