@@ -62,7 +62,8 @@ def check_settings(
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        root = None if path is None else yaml.compose(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        is_there = path is not None and path.is_file()  # and no pipe, which gives what it had once
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader) if path and is_there else None
         listed: set[tuple[int | str, ...]] = set()
         lines = [
             f"  {_place(issue['loc'])}: {_explain(kind, issue, listed)}{_line(root, issue['loc'], overrides)}"
@@ -70,7 +71,7 @@ def check_settings(
         ]
         raise ConfigError(
             f"{name}: {len(lines)} setting{'s' * (len(lines) > 1)} cannot be used\n" + "\n".join(lines),
-            next_step=_other_command(kind, tree) or f"mend the keys above; {INIT} explains every setting",
+            next_step=_other_command(kind, tree, error) or f"mend the keys above; {INIT} explains every setting",
         ) from None
 
 
@@ -135,9 +136,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = _parse_yaml(value, f"--set {override}")
 
 
-def _other_command(kind: type[Settings], tree: dict[str, Any]) -> str | None:
+def _other_command(kind: type[Settings], tree: dict[str, Any], error: ValidationError) -> str | None:
     """Advice, where a config is that of another command."""
-    others = [command for key, command in COMMANDS.items() if key in tree and key not in kind.model_fields]
+    unknown = {issue["loc"] for issue in error.errors() if issue["type"] == "extra_forbidden"}
+    others = [command for key, command in COMMANDS.items() if (key,) in unknown]
     own = any(key in tree for key in COMMANDS if key in kind.model_fields)
     return f"this looks like a config of {others[0]}: give it to that command" if others and not own else None
 

@@ -94,7 +94,8 @@ class FolderDestination:
         if self._folder.exists(CARD_NAME) and not self._folder.exists(MANIFEST_NAME):
             there, ours = self.read(CARD_NAME), folder / CARD_NAME
             is_ours = not why_no_file(folder, ours) and ours.read_bytes() == there
-            if not is_ours and KEPT_BELOW.encode() not in there:
+            is_begun = any(re.match(SHARD_PATH, path) for path in self.paths())  # a push that was interrupted
+            if not is_ours and not is_begun and KEPT_BELOW.encode() not in there:
                 raise ConfigError(
                     f"{self.name}/{CARD_NAME} is no card of a dataset, and would be written over",
                     next_step="give another folder, or move that file",

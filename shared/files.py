@@ -50,7 +50,9 @@ def claim_folder(folder: Path, ours: Sequence[str]) -> None:
 def nearest_folder(name: str | Path) -> str | None:
     """Advice, where a name may be that of a folder with a slip in it."""
     path = Path(name).expanduser()
-    folders = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    folders: list[str] = []
+    with suppress(OSError):  # such as another's, who lets nobody look in
+        folders = [each.name for each in path.parent.iterdir() if each.is_dir()]
     near = difflib.get_close_matches(path.name, folders, n=1)
     return f"did you mean {path.parent / near[0]}?" if near else None
 
@@ -100,7 +102,9 @@ def _forget(temporary: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps another process of this machine, or of a file system that shares locks, out of an output folder.
+    """Keeps another process of this machine out of an output folder.
+
+    On a file system that hosts share, its own decides: NFS locks no folder, and everybody is let in.
 
     Raises:
         ConfigError: another process is at work in it.

@@ -112,6 +112,8 @@ def local_output(url: str) -> Path:
     Raises:
         ConfigError: it is elsewhere.
     """
+    if not url:
+        raise ConfigError("the output has no name", next_step="name a folder, or . for the one that you are in")
     folder = open_folder(url)
     if not isinstance(folder, LocalFolder):
         raise ConfigError(

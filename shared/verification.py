@@ -64,9 +64,10 @@ def verify(dataset: LogitDataset, *, deep: bool, on_shard: Callable[[], None] = 
 
 
 def strange_files(dataset: LogitDataset) -> list[str]:
-    """Paths of what the manifest does not name; but for what begins with a dot, such as .git, unless it is data."""
+    """Paths of what the manifest does not name; but for a card, and what begins with a dot, such as .git, unless it is
+    data."""
     manifest = dataset.manifest
-    known = {shard.path for shard in manifest.shards} | {MANIFEST_NAME, *manifest.files}
+    known = {shard.path for shard in manifest.shards} | {MANIFEST_NAME, CARD_NAME, *manifest.files}
     files = (path.relative_to(dataset.folder) for path in dataset.folder.rglob("*") if not path.is_dir())
     return sorted(path.as_posix() for path in files if path.as_posix() not in known and path.parts[0][0] != ".")
 

@@ -229,9 +229,9 @@ def require_sources(data: DataSettings) -> None:
 
 
 def require_same_data(settings: TrainSettings, records: Sequence[dict[str, Any]]) -> None:
-    """See that a finished run was trained on what its config names now; what cannot be reached any more is no matter.
+    """See that a finished run was trained on the datasets and scores that its config names now.
 
-    `records` are `TrainingData.record`'s.
+    What cannot be reached any more is no matter; text is not read again for it.  `records` are `TrainingData.record`'s.
 
     Raises:
         MismatchError: a dataset, or the scores of its rows, are others now.

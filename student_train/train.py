@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -143,10 +143,7 @@ class Trainer:
         self._settings, self._output = settings, Path(settings.output)
         self._ranks = ranks or Ranks(device=pick_device(settings.device))
         claim_folder(self._output, [CONFIG_NAME, CHECKPOINTS_FOLDER])
-        if (self._output / MODEL_FOLDER).exists():
-            raise ConfigError(
-                f"{self._output / MODEL_FOLDER} exists: this run is finished", next_step="give another `output`"
-            )
+        self._require_unfinished()
         self.objective = find_objective(settings)
         torch.manual_seed(settings.seed)
         self.student = Student(
@@ -193,8 +190,7 @@ class Trainer:
                 is a checkpoint of what was before.
         """
         self._require_agreement()
-        alone = alone_in(self._output) if self._ranks.is_first else nullcontext()
-        with alone, held_back() as interruption:
+        with self._alone(), held_back() as interruption:
             done = self._resume()
             if self._ranks.is_first:
                 write_atomically(self._output / CONFIG_NAME, settings_yaml(self._settings).encode())
@@ -209,6 +205,35 @@ class Trainer:
             ):
                 waited_s = self._run_steps(after or 0, log, bar, interruption)
                 return self._finish(log, waited_s / max(log.seconds - seconds, 1e-9))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process writes there meanwhile; the first rank sees to it, for all of them.
+
+        Raises:
+            ConfigError: one does, or it has finished the run while this one got ready.
+            OutputError: the same, on the other ranks.
+        """
+        error = None
+        with ExitStack() as stack:
+            try:
+                if self._ranks.is_first:
+                    stack.enter_context(alone_in(self._output))
+                    self._require_unfinished()
+            except ConfigError as raised:
+                error = raised
+            (num_failed,) = self._ranks.sums([error is not None])
+            if error is not None:
+                raise error
+            if num_failed:
+                raise OutputError("another rank cannot go on", next_step="see what that one says")
+            yield
+
+    def _require_unfinished(self) -> None:
+        if (self._output / MODEL_FOLDER).exists():
+            raise ConfigError(
+                f"{self._output / MODEL_FOLDER} exists: this run is finished", next_step="give another `output`"
+            )
 
     def _require_agreement(self) -> None:
         """All ranks train the same run.

@@ -1,5 +1,10 @@
 """The config at the edge: what a person mistypes is answered with the place and the likely key."""
 
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,7 @@ from pydantic import ValidationError
 from shared.config import load_settings, settings_yaml
 from shared.errors import ConfigError
 from student_train.config import TrainSettings
+from student_train.recipe import load_runs
 from teacher_dump.config import DumpSettings
 
 DUMP = "teacher: {model: some/teacher}\ndata: {files: [a.jsonl]}\noutput: out\n"
@@ -216,6 +222,32 @@ def test_load_settings_knows_a_config_of_another_command(write):
     assert message.count("known: data, keep") == 1, "the same keys are listed once"
     assert "config of teacher-dump" in refusal(write(DUMP + "keep: {k: 3}\n"), kind=TrainSettings)
     assert "looks like" not in refusal(write(DUMP + "student: {model: m}\n")), "one that has both is a slip"
+
+
+def test_a_slip_in_a_recipe_does_not_send_it_to_the_command_that_was_given_it(write):
+    recipe = "student: {model: m}\ndata: {dataset: d}\nsteps: 1\noutput: x\nstages:\n  one: {kind: sft, stepz: 3}\n"
+    with pytest.raises(ConfigError, match="stepz: unknown key") as raised:
+        load_runs(write(recipe))
+    assert "looks like" not in str(raised.value)
+
+
+def test_an_override_takes_the_line_from_its_own_setting_alone(write):
+    message = refusal(write(DUMP + "keep:\n  k: 3\n  kk: 7\n"), ["keep.k=0"])
+    assert re.search(r"keep\.kk: .*\(line \d+\)\n", message)
+    assert re.search(r"keep\.k: .*got 0\n", message)
+
+
+def test_a_config_in_a_pipe_is_read_once(tmp_path):
+    os.mkfifo(pipe := tmp_path / "dump.yaml")
+    writer = threading.Thread(target=pipe.write_text, args=["output: ''\n"], daemon=True)
+    writer.start()
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(refusal, pipe)
+        try:
+            assert "output: " in said.result(timeout=10)
+        finally:
+            with suppress(OSError):  # a second reader would wait for ever
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
 
 
 @pytest.mark.parametrize("kind", [DumpSettings, TrainSettings])

@@ -15,6 +15,7 @@ from shared.files import (
     HASH_BLOCK_BYTES,
     TEMPORARY_PREFIX,
     alone_in,
+    nearest_folder,
     sha256_of_file,
     write_atomically,
     written_atomically,
@@ -52,20 +53,6 @@ def test_write_atomically_leaves_the_old_file_and_nothing_else_where_it_fails(tm
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
-
-
-def test_write_atomically_says_so_of_a_file_system_that_is_read_only(tmp_path, monkeypatch):
-    """Which refuses even to remove what is not there."""
-
-    def refuse(*_, **__):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(OutputError, match="cannot be written: Read-only"):
-        write_atomically(tmp_path / "a.bin", b"x")
-    with pytest.raises(OutputError, match="cannot be written: Read-only"), written_atomically(tmp_path / "a.bin"):
-        pass
 
 
 def test_two_processes_are_not_in_one_output_folder_at_once(tmp_path):
@@ -114,3 +101,14 @@ def test_a_disk_that_may_only_be_read_is_told(write, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", refused)
     with pytest.raises(OutputError, match=r"a\.bin cannot be written: Read-only file system\n  next: "):
         write(tmp_path / "a.bin", b"new")
+
+
+def test_a_folder_that_nobody_may_look_into_has_no_near_names(tmp_path, monkeypatch):
+    (tmp_path / "dumps").mkdir()
+    assert str(nearest_folder(tmp_path / "dump")).endswith("dumps?")
+
+    def refused(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert nearest_folder(tmp_path / "dump") is None

@@ -83,9 +83,6 @@ def test_what_a_library_logs_is_cleaned(capsys: pytest.CaptureFixture[str], monk
     def work() -> None:
         library.addHandler(handler)
         library.warning("PUT %s failed, %d%%", "https://h/x?X-Amz-Signature=123abc", 7)
-        library.debug("what nobody reads %d", "needs no number")
-        factory_of_now = logging.getLogRecordFactory()
-        factory_of_now("some.library", logging.INFO, __file__, 1, "%d", ("no number",), None)
         library.removeHandler(handler)
         raise RuntimeError("at https://h/x?X-Amz-Signature=123abc")
 
@@ -99,3 +96,17 @@ def test_what_a_library_logs_is_cleaned(capsys: pytest.CaptureFixture[str], monk
     )
     assert "123abc" not in said
     assert logging.getLogRecordFactory() is factory
+
+
+def test_what_a_library_logs_in_a_wrong_way_stops_nobody(monkeypatch: pytest.MonkeyPatch):
+    """Logging prints such a slip where somebody listens, and never raises it."""
+
+    @click.command()
+    def work() -> None:
+        logging.getLogger("some.library").warning("%d of %s", "one")
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    with pytest.raises(SystemExit) as ended:
+        run_command(work)
+    assert ended.value.code == 0

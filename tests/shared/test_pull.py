@@ -122,6 +122,17 @@ def test_a_card_that_was_edited_or_lost_there_is_no_damage(made: LogitDataset, s
     assert "Log-probabilities" in (tmp_path / "more/README.md").read_text()
 
 
+def test_a_dataset_that_was_sealed_without_a_card_is_whole_with_the_one_it_is_given(made: LogitDataset, tmp_path: Path):
+    bare = Path(shutil.copytree(made.folder, tmp_path / "bare"))
+    manifest = json.loads((bare / "manifest.json").read_text())
+    del manifest["files"]["README.md"]
+    (bare / "manifest.json").write_text(json.dumps(manifest))
+    (bare / "README.md").unlink()
+    here(tmp_path / "out", str(bare))
+    assert (tmp_path / "out/README.md").is_file()
+    assert verify(LogitDataset.open(tmp_path / "out"), deep=False).faults == []
+
+
 def test_what_somebody_wrote_into_the_card_here_stays(
     made: LogitDataset, store: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from shared.card import KEPT_BELOW
 from shared.dataset import LogitDataset
 from shared.errors import ConfigError, DamagedDataError, MismatchError, UnsealedDatasetError
-from shared.folders import RemoteFolder
+from shared.folders import RemoteFolder, open_folder
 from shared.logit_shards import cli
 from shared.push import Pushed, open_destination, push
 from shared.verification import verify
@@ -316,3 +317,22 @@ def test_a_dataset_in_a_cache_of_the_hub_is_read_and_pushed(local: LogitDataset,
     (snapshot / ORDER[0]).symlink_to(home / "elsewhere")
     with pytest.raises(DamagedDataError, match="leads outside the dataset"):
         dataset.read_shard(0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "store"])
+def test_a_replacement_goes_on_over_a_card_whose_line_somebody_took_away(
+    local: LogitDataset, other: LogitDataset, store: Any, kind: str, tmp_path: Path
+):
+    """Interrupted, there is no manifest that says what that README.md is."""
+    url = URL if kind == "store" else str(tmp_path / "there")
+    card = local.folder / "README.md"
+    card.write_text(card.read_text().replace(KEPT_BELOW, ""))
+    to(local, url)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to(other, url, replace=True, on_file=stop)
+    to(other, url, replace=True)
+    assert open_folder(url).read("README.md") == (other.folder / "README.md").read_bytes()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from shared.dataset import LogitDataset
+from shared.files import alone_in
 from shared.push import open_destination, push
 from student_train.evaluation import Evaluation
 from tests.data import chat_records, dump_settings, sealed_dump, write_jsonl
@@ -228,3 +229,16 @@ def test_a_damaged_shard_ends_it_with_exit_code_3_and_a_checkpoint(
     assert "logit-shards repair" in said
     run(damaged)
     assert [entry["step"] for entry in steps_of(tmp_path / "damaged")] == list(range(1, STEPS + 1))
+
+
+def test_ranks_all_end_where_another_process_writes_to_their_folder(
+    student_folder: Path, dataset: LogitDataset, tmp_path: Path
+):
+    """Only the first holds the lock: the others learn that from it, and not from a connection that breaks."""
+    taken = config(student_folder, dataset, tmp_path, "taken")
+    (tmp_path / "taken" / "checkpoints").mkdir(parents=True)
+    with alone_in(tmp_path / "taken"):
+        said = run(taken, ranks=2, code=1)
+    assert "another process is writing to it" in said
+    assert "RuntimeError" not in said
+    assert not (tmp_path / "taken" / "config.yaml").exists()

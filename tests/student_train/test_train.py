@@ -281,6 +281,20 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(student_folder: Path
         finished_run(settings(student_folder, tmp_path / "out", data__dataset=str(dataset), steps=4))
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_not_trained_over(
+    student_folder: Path, dataset: Path, tmp_path: Path
+):
+    """Whose first seconds go by with loading a model, before it takes the folder for itself."""
+    run = settings(student_folder, tmp_path / "out", data__dataset=str(dataset))
+    late = Trainer(run)
+    result = Trainer(run).run()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    with pytest.raises(ConfigError, match="this run is finished"):
+        late.run()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+    assert finished_run(run) == result
+
+
 def test_a_finished_run_on_what_is_another_dataset_now_is_no_finished_run(
     student_folder: Path, dataset: Path, tmp_path: Path
 ):

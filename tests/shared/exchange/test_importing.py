@@ -97,6 +97,7 @@ def test_a_url_is_no_folder_of_that_name_here(tmp_path, import_into, command, mo
     code, _, err = command("export", dataset.folder, "--to", "jsonl", "--output", "memory://bucket/x.jsonl")
     assert code == 2
     assert "is not on this machine" in err
+    assert "has no name" in command("export", dataset.folder, "--to", "jsonl", "--output", "")[2]
     assert not (tmp_path / "memory:").exists()
 
 
