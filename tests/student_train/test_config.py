@@ -1,11 +1,11 @@
-"""A loss that is not defined is refused when the config is read."""
+"""What contradicts itself, or a loss that is not defined, is refused when the config is read."""
 
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from student_train.config import LossSettings
+from student_train.config import LossSettings, TrainSettings
 from student_train.objective import Objective
 
 
@@ -59,3 +59,19 @@ def test_an_objective_by_hand_is_held_to_the_same():
     for wrong in ({"divergence": "kl"}, {"tail": "lump"}, {"tail": "none", "temperature": 2.0}, {"jsd_beta": 1.0}):
         with pytest.raises(ValueError, match=r"one of|sampled ids|between 0 and 1"):
             Objective(kd_weight=0.5, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {}}, "name a dataset, text or mix"),
+        ({"data": {"text": {"files": ["f"]}}}, "kd_weight above 0 needs data.dataset"),
+        ({"steps": None}, "give epochs or steps"),
+        ({"epochs": 1}, "give epochs or steps"),
+        ({"held_out": {"fraction": 0.1, "data": {"dataset": "d"}}}, "not both"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(changes: dict[str, Any], message: str):
+    tree = {"student": {"model": "m"}, "data": {"dataset": "d"}, "output": "o", "steps": 1}
+    with pytest.raises(ValueError, match=message):
+        TrainSettings.model_validate({**tree, **changes})
